@@ -1,0 +1,135 @@
+"""INPUT -> sorted tables of (uri, etag, size_bytes): a folder, an s3:// prefix, or a manifest of locations."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from cnn_ray.errors import AccessDeniedError, DataError, NotFoundError
+from cnn_ray.records import INPUT_PREFIX, LISTING_SCHEMA
+from cnn_ray.storage import Store, open_store, split_uri
+
+MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl")
+HEAD_THREADS = 32
+
+NOT_ALLOWED = "not-allowed"
+ABSENT = "absent"
+DENIED = "denied"
+"""Planned in place of an etag for manifest rows that are known to be unreadable: the row is frozen as such."""
+
+
+def is_manifest(uri: str) -> bool:
+    """Whether the location names a manifest file rather than a collection."""
+    return uri.lower().endswith(MANIFEST_SUFFIXES)
+
+
+def list_inputs(uri: str, uri_column: str) -> Iterator[pa.Table]:
+    """Tables with LISTING_SCHEMA (and `input_` columns of a manifest), sorted by uri, each uri once.
+
+    Raises:
+        NotFoundError: no such folder, bucket or manifest.
+        DataError: the manifest cannot be parsed, lacks the column, or names a uri twice.
+    """
+    if is_manifest(uri):
+        yield _manifest_listing(uri, uri_column)
+    else:
+        yield from open_store(uri).list()
+
+
+def read_manifest_table(uri: str) -> pa.Table:
+    """The rows of a CSV, Parquet or JSON Lines file as they stand.
+
+    Raises:
+        DataError: the file is not what its name says.
+    """
+    folder, name = split_uri(uri)
+    raw = open_store(folder).get(name)
+    try:
+        if uri.lower().endswith(".csv"):
+            return pyarrow.csv.read_csv(io.BytesIO(raw))
+        if uri.lower().endswith(".parquet"):
+            return pq.read_table(io.BytesIO(raw))
+        return pyarrow.json.read_json(io.BytesIO(raw))
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"Expected a readable manifest in {uri}. Received: {reason}. Next: correct the file.") from None
+
+
+def resolve_uri(base: str, uri: str) -> str | None:
+    """The absolute location of a manifest entry, None where it is not allowed.
+
+    A manifest may be written by somebody else: a relative entry must stay below the manifest's folder, only s3:// is a
+    scheme, and a local path is taken only from a local manifest.
+    """
+    if uri.startswith("s3://"):
+        return uri if len(uri) > len("s3://") and ".." not in uri.split("/") else None
+    if "://" in uri or "\0" in uri or not uri:
+        return None
+    if uri.startswith("/"):
+        return None if base.startswith("s3://") or ".." in uri.split("/") else posixpath.normpath(uri)
+    relative = posixpath.normpath(uri)
+    return None if relative.startswith("..") or relative == "." else f"{base.rstrip('/')}/{relative}"
+
+
+def store_and_key(uri: str, root: Store) -> tuple[Store, str]:
+    """Where an input lies: (store, key). Inputs below the root use it; others open their bucket, or the file system."""
+    if uri.startswith(root.uri + "/"):
+        return root, uri[len(root.uri) + 1 :]
+    if uri.startswith("s3://"):
+        bucket, _, key = uri[len("s3://") :].partition("/")
+        return open_store(f"s3://{bucket}"), key
+    folder, name = split_uri(uri)
+    return open_store(folder), name
+
+
+def _manifest_listing(uri: str, uri_column: str) -> pa.Table:
+    table = read_manifest_table(uri)
+    if uri_column not in table.column_names:
+        raise DataError(
+            f"Expected a column {uri_column!r} in {uri}. Received: {', '.join(table.column_names)}. "
+            "Next: name the column with --uri-column."
+        )
+    named = [str(value) for value in table[uri_column].to_pylist()]
+    root = open_store(split_uri(uri)[0])
+    resolved = [resolve_uri(root.uri, name) for name in named]
+    uris = [name if location is None else location for name, location in zip(named, resolved, strict=True)]
+    _refuse_duplicates(uris, uri)
+    with ThreadPoolExecutor(HEAD_THREADS) as pool:
+        heads = list(pool.map(lambda location: _head(location, root), resolved))
+    listing = pa.Table.from_arrays(
+        [pa.array(uris, pa.string()), pa.array([h[0] for h in heads]), pa.array([h[1] for h in heads], pa.int64())],
+        schema=LISTING_SCHEMA,
+    )
+    for name in table.column_names:
+        if name != uri_column:
+            listing = listing.append_column(INPUT_PREFIX + name, table[name])
+    return listing.take(pc.sort_indices(listing["uri"]))
+
+
+def _refuse_duplicates(uris: list[str], manifest: str) -> None:
+    seen: set[str] = set()
+    for uri in uris:
+        if uri in seen:
+            raise DataError(f"Expected each uri once in {manifest}. Received: {uri} twice. Next: remove one of the rows.")
+        seen.add(uri)
+
+
+def _head(location: str | None, root: Store) -> tuple[str, int]:
+    if location is None:
+        return NOT_ALLOWED, 0
+    store, key = store_and_key(location, root)
+    try:
+        info = store.head(key)
+    except NotFoundError:
+        return ABSENT, 0
+    except AccessDeniedError:
+        return DENIED, 0
+    return info.etag, info.size_bytes

@@ -1,0 +1,227 @@
+"""The three stages of a shard, the same for both runners: fetch and decode -> predict -> commit.
+
+Everything a stage needs besides its row is a `StageContext`, small and picklable, so that Ray can send it to any node.
+Unreadable images travel as values; only what concerns the whole run (storage down, wrong credentials) is raised.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cnn_ray.artifact import Artifact
+from cnn_ray.errors import AccessDeniedError, ChangedError, NotFoundError, TooLargeError
+from cnn_ray.images import DecodedImage, ImageCaps, decode
+from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED, store_and_key
+from cnn_ray.outputs import Partition, PartRecord
+from cnn_ray.plan import Plan, Shard, shard_rows
+from cnn_ray.predictor import Predictor, cpu_count
+from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema
+from cnn_ray.storage import Store, open_store
+
+PROBES = 16
+"""Rows tried elsewhere in the plan before a shard that was wholly denied is taken for bad rows and not for a bad key."""
+
+Row: TypeAlias = DecodedImage | RowFailure
+
+_decode_slots = threading.BoundedSemaphore(cpu_count())
+"""Many threads wait for storage, but only as many as there are cores hold a full-size image in memory."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What all shards of a run share."""
+
+    partition_uri: str
+    input_root: str
+    plan: Plan
+    artifact: Artifact
+    fetch_concurrency: int
+    batch_size: int
+
+    @property
+    def caps(self) -> ImageCaps:
+        """Limits on what is decoded, as the plan froze them."""
+        frozen = self.plan.frozen
+        return ImageCaps(max_pixels=frozen.max_image_pixels, max_bytes=frozen.max_image_bytes)
+
+
+@dataclass(slots=True)
+class DecodedShard:
+    """Images of a shard that could be read, and the failures of those that could not.
+
+    pixels: uint8 [K, H, W, 3]; position: int32 [K], their rows in the shard; size_px: int32 [K, 2], original width and
+    height; failures: row in the shard -> failure.
+    """
+
+    shard: Shard
+    pixels: NDArray[np.uint8]
+    position: NDArray[np.int32]
+    size_px: NDArray[np.int32]
+    failures: dict[int, RowFailure]
+
+
+def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
+    """The shard's images, fetched and decoded with many in flight.
+
+    Raises:
+        StorageError: storage is down, credentials are wrong, or every row of the run is denied.
+    """
+    rows = planned_rows(context, shard)
+    pool = _fetch_pool(context.fetch_concurrency)
+    uris, etags = rows["uri"].to_pylist(), rows["etag"].to_pylist()
+    results = list(pool.map(functools.partial(_read_image, context), uris, etags))
+    failures = {k: result for k, result in enumerate(results) if isinstance(result, RowFailure)}
+    if failures and all(f.code == QuarantineCode.ACCESS_DENIED for f in failures.values()) and len(failures) == len(uris):
+        _refuse_if_all_denied(context)
+    good = [(k, image) for k, image in enumerate(results) if isinstance(image, DecodedImage)]
+    height, width = context.artifact.size_px
+    pixels = np.empty((len(good), height, width, 3), np.uint8)
+    for row, (_, image) in enumerate(good):
+        pixels[row] = image.pixels
+    return DecodedShard(
+        shard=shard,
+        pixels=pixels,
+        position=np.array([k for k, _ in good], np.int32),
+        size_px=np.array([(image.width_px, image.height_px) for _, image in good], np.int32).reshape(-1, 2),
+        failures=failures,
+    )
+
+
+def commit_shard(context: StageContext, decoded: DecodedShard, scores: NDArray[np.float32]) -> PartRecord:
+    """What the shard's part holds after it was committed; scores are float32 [K, C] of the decoded images."""
+    rows = planned_rows(context, decoded.shard)
+    scored = _scored_table(context, rows, decoded, scores)
+    quarantined = _quarantine_table(rows, decoded.failures)
+    return _partition(context.partition_uri).commit_part(decoded.shard, scored, quarantined, rows.num_rows)
+
+
+def predict_shard(context: StageContext, predictor: Predictor, decoded: DecodedShard) -> NDArray[np.float32]:
+    """Scores float32 [K, C] of the shard's decoded images."""
+    return predictor.predict_in_batches(decoded.pixels, context.batch_size)
+
+
+def planned_rows(context: StageContext, shard: Shard) -> pa.Table:
+    """The rows that the plan gives to the shard: uri, etag, size_bytes and any `input_` columns."""
+    return shard_rows(_page(context.partition_uri, shard.page), shard.index)
+
+
+@functools.lru_cache(maxsize=4)
+def _page(partition_uri: str, name: str) -> bytes:
+    return _partition(partition_uri).store.get(name)
+
+
+@functools.lru_cache(maxsize=8)
+def _partition(uri: str) -> Partition:
+    return Partition(uri)
+
+
+@functools.lru_cache(maxsize=8)
+def _store(uri: str) -> Store:
+    return open_store(uri)
+
+
+@functools.lru_cache(maxsize=2)
+def _fetch_pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fetch-decode")
+
+
+def _read_image(context: StageContext, uri: str, etag: str) -> Row:
+    data = _fetch(context, uri, etag)
+    if isinstance(data, RowFailure):
+        return data
+    with _decode_slots:
+        return decode(data, context.artifact.size_px, context.caps)
+
+
+def _fetch(context: StageContext, uri: str, etag: str) -> bytes | RowFailure:
+    frozen_failure = _FROZEN_FAILURES.get(etag)
+    if frozen_failure is not None:
+        return frozen_failure
+    store, key = store_and_key(uri, _store(context.input_root))
+    try:
+        return store.get(key, if_match=etag, max_bytes=context.caps.max_bytes)
+    except NotFoundError:
+        return RowFailure(QuarantineCode.NOT_FOUND, "it was there when the run was planned")
+    except ChangedError:
+        return RowFailure(QuarantineCode.CHANGED, "it changed after the run was planned")
+    except AccessDeniedError:
+        return RowFailure(QuarantineCode.ACCESS_DENIED, "the credentials of the run may not read it")
+    except TooLargeError:
+        return RowFailure(QuarantineCode.TOO_LARGE, f"more than {context.caps.max_bytes} bytes")
+
+
+_FROZEN_FAILURES = {
+    ABSENT: RowFailure(QuarantineCode.NOT_FOUND, "it was not there when the run was planned"),
+    DENIED: RowFailure(QuarantineCode.ACCESS_DENIED, "the credentials of the run may not read it"),
+    NOT_ALLOWED: RowFailure(QuarantineCode.URI_NOT_ALLOWED, "a manifest names s3:// objects or files below its folder"),
+}
+
+
+def _refuse_if_all_denied(context: StageContext) -> None:
+    """Returns where at least one of some rows spread over the whole plan can be read.
+
+    Raises:
+        AccessDeniedError: none can: these are no bad rows but credentials without the right to read the input.
+    """
+    pages = context.plan.pages
+    for page in pages[:: max(len(pages) // PROBES, 1)]:
+        for index in range(page.first_shard, page.first_shard + page.shards, max(page.shards // PROBES, 1)):
+            rows = planned_rows(context, Shard(context.plan.generation, index, page.name)).slice(0, 1).to_pylist()
+            result = _fetch(context, rows[0]["uri"], rows[0]["etag"])
+            if not isinstance(result, RowFailure) or result.code != QuarantineCode.ACCESS_DENIED:
+                return
+    raise AccessDeniedError(
+        f"Expected credentials that may read {context.input_root}. Received: access denied on every row tried. "
+        "Next: allow s3:GetObject (or file reads) there and run the same command again."
+    )
+
+
+def _scored_table(
+    context: StageContext, rows: pa.Table, decoded: DecodedShard, scores: NDArray[np.float32]
+) -> pa.Table:
+    artifact, threshold = context.artifact, context.plan.frozen.threshold
+    best = scores.argmax(1) if len(scores) else np.zeros(0, np.int64)
+    positive = None if artifact.positive_label is None else artifact.labels.index(artifact.positive_label)
+    flagged = np.zeros(len(scores), bool) if positive is None else scores[:, positive] >= np.float32(threshold)
+    picked = rows.take(pa.array(decoded.position))
+    extra = [field for field in rows.schema if field.name.startswith(INPUT_PREFIX)]
+    schema = pa.schema([*score_schema(), *extra])
+    count = len(scores)
+    columns = {
+        "uri": picked["uri"],
+        "etag": picked["etag"],
+        "size_bytes": picked["size_bytes"],
+        "width_px": pa.array(decoded.size_px[:, 0]),
+        "height_px": pa.array(decoded.size_px[:, 1]),
+        "label": pa.array([artifact.labels[k] for k in best], pa.string()),
+        "score": pa.array(scores[np.arange(count), best], pa.float32()),
+        "scores": pa.array(list(scores), schema.field("scores").type),
+        "flagged": pa.array(flagged),
+        "model": pa.array([artifact.name] * count, pa.string()),
+        "version": pa.array([artifact.version] * count, pa.int32()),
+        "generation": pa.array([decoded.shard.generation] * count, pa.int32()),
+        **{field.name: picked[field.name] for field in extra},
+    }
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _quarantine_table(rows: pa.Table, failures: dict[int, RowFailure]) -> pa.Table:
+    picked = rows.take(pa.array(sorted(failures), pa.int32()))
+    ordered = [failures[k] for k in sorted(failures)]
+    return pa.Table.from_arrays(
+        [
+            picked["uri"],
+            picked["etag"],
+            pa.array([str(failure.code) for failure in ordered], pa.string()),
+            pa.array([failure.detail for failure in ordered], pa.string()),
+        ],
+        schema=QUARANTINE_SCHEMA,
+    )
