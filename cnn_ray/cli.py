@@ -1,0 +1,249 @@
+"""The command line: verbs and exit codes only. Each verb builds one configuration and calls one function."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+import cnn_ray
+from cnn_ray.config import Config, ScoreConfig, ServeConfig, TrainConfig
+from cnn_ray.errors import CnnRayError
+from cnn_ray.flags import config_flags, config_from_flags
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cnn_ray.score import ScoreResult
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 bug, 2 usage, 3 artifact or plan, 4 quarantine, 75 try again, 130 Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    sys.exit(_exit_code(lambda: commands.main(arguments, prog_name="cnn-ray", standalone_mode=False)))
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    try:
+        result = run()
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except CnnRayError as error:
+        click.echo(f"cnn-ray: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("cnn-ray: interrupted. What is committed is kept. Next: the same command goes on from there.", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # `cnn-ray model list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 the last line of defence: a bug is reported as one
+        if os.environ.get("CNN_RAY_DEBUG"):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        click.echo(
+            f"cnn-ray: Expected no bug. Received: {type(error).__name__}: {reason}. "
+            "Next: run again with CNN_RAY_DEBUG=1 and report what it prints.",
+            err=True,
+        )
+        return 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(cnn_ray.__version__, prog_name="cnn-ray")
+def commands() -> None:
+    """Scores screenshot collections with CNN classifiers into Parquet, exactly once; trains and serves the models."""
+
+
+def _shared_flags(command: Any) -> Any:
+    command = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, change nothing.")(command)
+    command = click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop.")(command)
+    return click.option("--config", "config_file", metavar="FILE.yaml", help="Read these keys from a YAML file; flags win.")(command)
+
+
+@commands.command()
+@config_flags(ScoreConfig, positional=("input_uri", "output_uri"))
+@_shared_flags
+def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
+    """Score every image in INPUT into Parquet under OUTPUT, exactly once.
+
+    INPUT is a folder, an s3:// prefix, or a manifest (.csv, .parquet, .jsonl); OUTPUT is a folder or an s3:// prefix.
+    Run the same command again after anything: it goes on where it stopped, and a finished run is a no-op.
+    """
+    config = config_from_flags(ScoreConfig, config_file, flags)
+    if print_config:
+        return _print_config(config)
+    from cnn_ray import console as ui
+    from cnn_ray import score as job
+
+    if dry_run:
+        plan = job.dry_run(config)
+        click.echo(
+            f"Would score {plan.rows} objects ({plan.bytes / 1e6:.1f} MB) in {plan.shards} shards with "
+            f"{plan.engine} {plan.precision} into {plan.partition_uri}"
+        )
+        return None
+    with ui.RowProgress("scored", _console()) as bar:
+        result = job.run_score(
+            config, lambda p: bar.update(p.rows, p.planned, f"{p.images_per_s:.0f} images/s, {p.quarantined} quarantined")
+        )
+    print_score_result(result)
+    return None
+
+
+def print_score_result(result: ScoreResult) -> None:
+    """Afterwards the run's table is on standard output."""
+    from cnn_ray import console as ui
+
+    manifest = result.manifest
+    rows = [("rows planned", str(manifest.planned)), ("scored", str(manifest.scored))]
+    rows += [(f"  label {label}", str(count)) for label, count in manifest.labels.items()]
+    rows += [("flagged", str(manifest.flagged)), ("quarantined", str(manifest.quarantined))]
+    rows += [(f"  {code}", str(count)) for code, count in manifest.codes.items()]
+    if not result.already_done:
+        rows += [("images/s", f"{result.images_per_s:.0f}")]
+    ui.print_table(_console(stderr=False), f"{manifest.model}@{manifest.version}, {manifest.engine} {manifest.precision}", rows)
+    if result.already_done:
+        click.echo("Already scored: nothing was left to do.")
+        if result.unplanned:
+            click.echo(f"{result.unplanned} new or changed objects are in the input; score them into another OUTPUT.")
+    elif result.resumed_rows:
+        click.echo(f"{result.resumed_rows} rows were kept from an earlier attempt.")
+    click.echo(f"Parquet: {result.partition_uri}")
+
+
+@commands.command()
+@config_flags(TrainConfig)
+@_shared_flags
+def train(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
+    """Train a classifier on labelled images with Ray Train and write it as the next version of a model."""
+    config = config_from_flags(TrainConfig, config_file, flags)
+    if print_config:
+        return _print_config(config)
+    from cnn_ray import dataset
+    from cnn_ray import train as job
+
+    if dry_run:
+        labelled = dataset.load_labelled(config.data, config.seed)
+        click.echo(f"Would train {config.model.architecture} on {len(labelled.uris)} images of {len(labelled.labels)} classes.")
+        return None
+    result = job.run_training(config, on_epoch=print_epoch)
+    click.echo(f"Model: {result.reference} in {result.artifact_uri}")
+    return None
+
+
+def print_epoch(metrics: dict[str, Any]) -> None:
+    """Afterwards one line about the epoch is on standard error."""
+    shown = " ".join(f"{k}={v:.4g}" for k, v in metrics.items() if isinstance(v, float))
+    click.echo(f"{metrics.get('phase', 'train')} epoch {metrics.get('epoch', '?')}: {shown}", err=True)
+
+
+@commands.command()
+@config_flags(ServeConfig)
+@_shared_flags
+def serve(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
+    """Answer single screenshots over HTTP, as TensorFlow Serving does."""
+    config = config_from_flags(ServeConfig, config_file, flags)
+    if print_config:
+        return _print_config(config)
+    from cnn_ray.artifact import load_artifact
+
+    if dry_run:
+        artifact = load_artifact(config.models_uri, config.model)
+        click.echo(f"Would serve {artifact.reference} at http://{config.host}:{config.port}/v1/models/{artifact.name}")
+        return None
+    from cnn_ray.serve import run_server
+
+    name = config.model.partition("@")[0]
+    run_server(config, on_ready=lambda url: click.echo(f"Ready: POST {url}/v1/models/{name}:predict (Ctrl-C ends it)"))
+    return None
+
+
+@commands.command()
+@click.argument("folder", default=".", metavar="[FOLDER]")
+def demo(folder: str) -> None:
+    """Draw screenshots, train on them, score unseen ones: the whole line in FOLDER, with nothing but this package."""
+    from cnn_ray.demo import run_demo
+
+    run_demo(folder, _console())
+
+
+@commands.group()
+def model() -> None:
+    """List, show and verify the versions of models."""
+
+
+_models_uri = click.option("--models-uri", default="models", show_default=True, help="Folder or s3:// prefix of the models.")
+
+
+@model.command("list")
+@_models_uri
+def model_list(models_uri: str) -> None:
+    """List all model versions."""
+    from cnn_ray import artifact, console
+
+    found = artifact.list_artifacts(models_uri)
+    if not found:
+        click.echo(f"No models in {models_uri}. Next: cnn-ray train --config FILE.yaml, or cnn-ray demo.")
+        return
+    aliases = {name: artifact.read_aliases(models_uri, name) for name in {a.name for a in found}}
+    rows = [
+        (
+            a.reference,
+            a.description.definition.architecture,
+            ", ".join(a.labels[:4]) + (" ..." if len(a.labels) > 4 else ""),
+            "x".join(str(side) for side in a.size_px),
+            ", ".join(sorted(alias for alias, version in aliases[a.name].items() if version == a.version)),
+            a.description.created_at,
+        )
+        for a in found
+    ]
+    console.print_table(_console(stderr=False), "", rows, ("model", "architecture", "labels", "input px", "aliases", "created"))
+
+
+@model.command("show")
+@click.argument("reference")
+@_models_uri
+def model_show(reference: str, models_uri: str) -> None:
+    """Print artifact.json of a version."""
+    from cnn_ray.artifact import load_artifact
+
+    click.echo(load_artifact(models_uri, reference).description.model_dump_json(indent=2))
+
+
+@model.command("verify")
+@click.argument("reference")
+@_models_uri
+def model_verify(reference: str, models_uri: str) -> None:
+    """Read every file of a version and compare its digest with artifact.json."""
+    from cnn_ray.artifact import load_artifact, verify_artifact
+
+    artifact = load_artifact(models_uri, reference)
+    count = verify_artifact(artifact)
+    click.echo(f"{artifact.reference}: {count} files as published, digest {artifact.digest}")
+
+
+def _print_config(config: Config) -> None:
+    import yaml
+
+    click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
+
+
+def _console(*, stderr: bool = True) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)

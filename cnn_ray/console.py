@@ -1,0 +1,61 @@
+"""What a person sees in the terminal: progress, tables and one-sentence errors. Plain log lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+LOG_EVERY_S = 5.0
+
+
+class RowProgress:
+    """A progress bar on a terminal, a line every five seconds elsewhere (cron mails, job logs)."""
+
+    def __init__(self, what: str, console: Console) -> None:
+        self._what = what
+        self._console = console
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_s = 0.0
+
+    def __enter__(self) -> RowProgress:
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Shows that `done` of `total` are done."""
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(self._what, total=total, note=note)
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif time.monotonic() - self._last_s >= LOG_EVERY_S or done == total:
+            self._last_s = time.monotonic()
+            self._console.print(f"{self._what}: {done}/{total} {note}".rstrip(), markup=False, highlight=False)
+
+
+def print_table(console: Console, title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+    """Afterwards the table is on the console; cells are shown as they are, also where they look like markup."""
+    table = Table(title=title, title_justify="left", show_header=bool(header))
+    for column in header or [""] * (len(rows[0]) if rows else 1):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)

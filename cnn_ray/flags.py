@@ -1,0 +1,103 @@
+"""Command-line flags made from a configuration class: one field, one flag, its docstring as the help text."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import click
+from pydantic.fields import FieldInfo
+
+from cnn_ray.config import Config, build_config, load_yaml
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+SEPARATOR = "__"
+
+
+def config_flags(kind: type[Config], *, positional: tuple[str, ...] = ()) -> Callable[[CommandT], CommandT]:
+    """A decorator that gives a click command one flag per field, and an argument for each positional one.
+
+    Values stay text: the configuration class alone converts and checks them, with one wording for file and flag.
+    Fields of a nested class are flags with its name in front (`--data-uri`).
+    """
+
+    def decorate(command: CommandT) -> CommandT:
+        for path, field in reversed(list(_fields(kind))):
+            if path[0] not in positional:
+                command = _option(path, field)(command)
+        for name in reversed(positional):
+            field = kind.model_fields[name]
+            metavar = name.removesuffix("_uri").upper()
+            command = click.argument(name, required=False, metavar=metavar)(command)
+        return command
+
+    return decorate
+
+
+def config_from_flags(kind: type[ConfigT], file: str | None, flags: Mapping[str, Any]) -> ConfigT:
+    """The configuration of a YAML file with the given flags over it (default < YAML < flag).
+
+    Raises:
+        ConfigError: the file or a value is wrong.
+    """
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        if value is None:
+            continue
+        *outer, last = name.split(SEPARATOR)
+        level = given
+        for step in outer:
+            level = level.setdefault(step, {})
+        level[last] = value
+    source = "the flags" if file is None else f"{file} and the flags"
+    return build_config(kind, {} if file is None else load_yaml(file), given, source=source)
+
+
+def _fields(kind: type[Config], prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
+    found: list[tuple[tuple[str, ...], FieldInfo]] = []
+    for name, field in kind.model_fields.items():
+        nested = [a for a in _alternatives(field.annotation) if isinstance(a, type) and issubclass(a, Config)]
+        if nested:
+            found += _fields(nested[0], (*prefix, name))
+        else:
+            found.append(((*prefix, name), field))
+    return found
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(a for a in typing.get_args(annotation) if a is not type(None))
+    return (annotation,)
+
+
+def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[CommandT], CommandT]:
+    flag = "--" + "-".join(path).replace("_", "-")
+    annotation = _alternatives(field.annotation)[0]
+    text = " ".join((field.description or "").split()) + _default_text(field)
+    name = SEPARATOR.join(path)
+    if annotation is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+    if typing.get_origin(annotation) is Literal:
+        return click.option(flag, name, type=click.Choice(typing.get_args(annotation)), help=text)
+    if typing.get_origin(annotation) is tuple:
+        return click.option(flag, name, metavar="A,B,...", callback=_split_commas, help=text)
+    return click.option(flag, name, metavar=_metavar(annotation), help=text)
+
+
+def _metavar(annotation: Any) -> str:
+    base = typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+    return {int: "N", float: "X", str: "TEXT"}.get(base, "YYYY-MM-DD")
+
+
+def _default_text(field: FieldInfo) -> str:
+    if field.is_required() or field.default is None:
+        return ""
+    return f" [default: {field.default}]"
+
+
+def _split_commas(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    return None if value is None else tuple(part.strip() for part in value.split(","))

@@ -1,0 +1,14 @@
+"""Scoring as a Ray job: `ray job submit --working-dir . -- python jobs/score.py --config jobs/score.yaml --date 2026-11-23`.
+
+The flags are those of `cnn-ray score`; so are the exit codes.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the working directory of the job
+
+from cnn_ray.cli import main
+
+if __name__ == "__main__":
+    main(["score", *sys.argv[1:]])
