@@ -1,0 +1,275 @@
+"""Bytes in, bytes out: one `Store` over local folders and S3, with the conditional writes that commits are built on.
+
+    store = open_store("s3://bucket/screens")       # or "folder", "/abs", "~/x", "file:///abs"; no I/O yet
+    for table in store.list("date=2025-01-01/"):    # uri, etag, size_bytes, in byte order of the key
+        ...
+
+Local folders keep the promises of S3: writes appear whole or not at all, put-if-absent has one winner.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import quote, unquote, unquote_to_bytes
+
+from cnn_ray.errors import AccessDeniedError, ConfigError, NotFoundError, StorageError
+from cnn_ray.storage_base import (
+    COPY_BYTES,
+    OWN_PREFIX,
+    ObjectInfo,
+    Row,
+    Store,
+    changed,
+    check_key,
+    check_size,
+    error_of_os,
+    write_whole,
+)
+from cnn_ray.storage_s3 import S3Store
+
+__all__ = ["LocalStore", "ObjectInfo", "S3Store", "Store", "open_store", "split_uri"]
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # non-blocking: opening a FIFO must not hang
+
+
+def open_store(uri: str) -> Store:
+    """Store over a local folder or `s3://bucket[/prefix]`. Does no I/O, so nothing is known to exist yet.
+
+    Raises:
+        ConfigError: another scheme, an empty or malformed location. The message repeats no more than the scheme,
+            because locations of other kinds carry passwords and signatures.
+    """
+    scheme = _SCHEME.match(uri)
+    if scheme is None:
+        if not uri or "\0" in uri:
+            raise ConfigError("Expected a folder or s3://bucket/prefix. Received: nothing. Next: name a location.")
+        return LocalStore(uri)
+    match scheme[1].lower():
+        case "s3":
+            return S3Store(uri)
+        case "file" if uri[scheme.end() :].startswith("/"):
+            return LocalStore(unquote(uri[scheme.end() :], errors="surrogateescape"))
+        case other:
+            raise ConfigError(
+                f"Expected a folder, file:///folder or s3://bucket/prefix. Received: a {other}:// location. "
+                "Next: copy the data to one of these."
+            )
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Location of the parent store and the last key, for single files such as `s3://bucket/p/manifest.csv`.
+
+    Raises:
+        ConfigError: there is no key in it.
+    """
+    root = open_store(uri).uri
+    parent, _, key = root.rpartition("/")
+    if not key or parent in ("s3:/", "s3:"):
+        raise ConfigError(f"Expected the location of one file. Received: {root}. Next: add the file's name.")
+    return parent or "/", key
+
+
+class LocalStore(Store):
+    """A folder. Etag is `mtime_ns-size`; the token of `put_if_match` is the content's SHA-256.
+
+    Links to files are followed where they stay below the folder; links to folders are not, so nothing is listed twice
+    and no loop is entered. A name that is not UTF-8 is listed percent-encoded, and `get` finds it by that key.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Keeps the absolute form of `folder`, "~" expanded; touches no disk.
+
+        Raises:
+            ConfigError: the name is not UTF-8, which no column of uris can hold, or "~x" is nobody.
+        """
+        try:
+            self.uri = os.path.abspath(Path(folder).expanduser())  # noqa: PTH100 - Path.absolute keeps ".."
+            self.uri.encode()
+        except (RuntimeError, UnicodeEncodeError) as error:
+            raise ConfigError(
+                f"Expected a folder with a UTF-8 name. Received: {folder!r}. Next: rename it or link to it."
+            ) from error
+
+    def _rows(self, prefix: str) -> Iterator[Row]:
+        if prefix:
+            check_key(prefix)
+        with _explained(self.uri):
+            root = Path(self.uri).resolve(strict=True)
+            yield from _walk(root, os.fsencode(root), "", prefix)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """See `Store.keys`."""
+        try:
+            return [key for key, _, _ in self._rows(prefix)]
+        except NotFoundError:
+            return []
+
+    def _path(self, key: str) -> Path:
+        parts = check_key(key).split("/")
+        if any(part in ("", ".") for part in parts):  # Path would drop these: two keys for one file
+            raise ConfigError(f"Expected a key without empty or '.' segments. Received: {key!r}. Next: correct it.")
+        root = path = Path(self.uri)
+        with _explained(self.uri_of(key)):
+            for part in parts:
+                path = path / part
+                if "%" in part and not os.path.lexists(path):
+                    raw = path.with_name(os.fsdecode(unquote_to_bytes(part)))
+                    path = raw if os.path.lexists(raw) and _encoded(os.fsencode(raw.name)) == part else path
+            if not path.resolve().is_relative_to(root.resolve()):
+                raise AccessDeniedError(
+                    f"Expected a file below {self.uri}. Received: {key!r}, a link that leads outside. "
+                    "Next: copy the file into the folder."
+                )
+        return path
+
+    @contextmanager
+    def _open(self, key: str) -> Generator[tuple[BinaryIO, os.stat_result], None, None]:
+        path = self._path(key)
+        with _explained(self.uri_of(key)):
+            descriptor = os.open(path, _READ_FLAGS)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                os.close(descriptor)
+                raise NotFoundError(
+                    f"Expected a file at {self.uri_of(key)}. Received: a folder or a device. Next: check the path."
+                )
+            with os.fdopen(descriptor, "rb") as file:
+                yield file, status
+
+    def get(self, key: str, *, if_match: str | None = None, max_bytes: int | None = None) -> bytes:
+        """See `Store.get`. The etag is taken from the open file after reading, so it belongs to these very bytes."""
+        with self._open(key) as (file, status):
+            check_size(self.uri_of(key), status.st_size, max_bytes)
+            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+            check_size(self.uri_of(key), len(data), max_bytes)
+            if if_match is not None and if_match != _etag(os.fstat(file.fileno())):
+                raise changed(self.uri_of(key))
+            return data
+
+    def get_versioned(self, key: str) -> tuple[bytes, str]:
+        """See `Store.get_versioned`."""
+        data = self.get(key)
+        return data, hashlib.sha256(data).hexdigest()
+
+    def head(self, key: str) -> ObjectInfo:
+        """See `Store.head`."""
+        with self._open(key) as (_, status):
+            return ObjectInfo(_etag(status), status.st_size)
+
+    def put(self, key: str, data: bytes) -> None:
+        """See `Store.put`. Unlike on S3, a `put_if_match` at the same moment does not see it: use one of the two."""
+        path = self._path(key)
+        with _explained(self.uri_of(key)):
+            write_whole(path, lambda file: file.write(data))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """See `Store.put_if_absent`."""
+        path = self._path(key)
+        with _explained(self.uri_of(key)):
+            return write_whole(path, lambda file: file.write(data), replace=False)
+
+    def put_if_match(self, key: str, data: bytes, version: str) -> str | None:
+        """See `Store.put_if_match`. Writers take turns through a lock file beside the file, which stays there."""
+        path = self._path(key)
+        name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+        with _explained(self.uri_of(key)):
+            if not path.parent.is_dir():
+                return None
+            with (path.parent / f"{OWN_PREFIX}lock-{name}").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                try:
+                    current = hashlib.sha256(path.read_bytes()).hexdigest()
+                except FileNotFoundError:
+                    return None
+                if current != version:
+                    return None
+                write_whole(path, lambda file: file.write(data))
+        return hashlib.sha256(data).hexdigest()
+
+    def get_to_file(self, key: str, path: Path) -> None:
+        """See `Store.get_to_file`."""
+        with self._open(key) as (file, _):
+            source = file
+            with _explained(str(path)):
+                write_whole(path, lambda target: shutil.copyfileobj(source, target, COPY_BYTES))
+
+    def put_file(self, key: str, path: Path) -> None:
+        """See `Store.put_file`."""
+        target_path = self._path(key)
+        with _explained(str(path)), path.open("rb") as source, _explained(self.uri_of(key)):
+            write_whole(target_path, lambda target: shutil.copyfileobj(source, target, COPY_BYTES))
+
+    def check_writable(self) -> None:
+        """See `Store.check_writable`. Creates the folder; the probe file never has a name where Linux allows that."""
+        with _explained(self.uri):
+            Path(self.uri).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.uri, prefix=OWN_PREFIX):
+                pass
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns}-{status.st_size}"
+
+
+def _encoded(name: bytes) -> str:
+    """`name` as text: itself where it is UTF-8, percent-encoded where it is not (Arrow strings are UTF-8)."""
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        return quote(name)
+
+
+def _walk(root: Path, folder: bytes, at: str, prefix: str) -> Iterator[Row]:
+    """Rows below `folder`, whose key is `at`, in byte order of the whole key.
+
+    A folder sorts as its name with "/" behind it, which is what puts `a-b` before `a/b` as S3 does.
+    """
+    found: list[tuple[str, os.DirEntry[bytes]]] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            key = at + _encoded(entry.name)
+            if entry.name.startswith(OWN_PREFIX.encode()):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                key += "/"
+            if key.startswith(prefix) or (key.endswith("/") and prefix.startswith(key)):
+                found.append((key, entry))
+    found.sort(key=lambda pair: pair[0].encode())
+    for key, entry in found:
+        if key.endswith("/"):
+            yield from _walk(root, entry.path, key, prefix)
+        else:
+            yield from _row(root, key, entry)
+
+
+def _row(root: Path, key: str, entry: os.DirEntry[bytes]) -> Iterable[Row]:
+    """The row of a regular file or of a link to one below `root`; nothing for the rest, or for a file gone by now."""
+    try:
+        if entry.is_symlink() and not Path(os.fsdecode(entry.path)).resolve().is_relative_to(root):
+            return ()
+        status = entry.stat()
+    except FileNotFoundError:
+        return ()
+    return ((key, _etag(status), status.st_size),) if stat.S_ISREG(status.st_mode) else ()
+
+
+@contextmanager
+def _explained(uri: str) -> Generator[None, None, None]:
+    """Whatever the operating system refuses inside becomes one of our errors about `uri`."""
+    try:
+        yield
+    except OSError as error:
+        raise error_of_os(error, uri) from error
+    except (ValueError, RuntimeError) as error:  # a name no file can have, or a loop of links
+        raise StorageError(f"Expected a usable path. Received: {uri!r}. Next: check the name and its links.") from error
