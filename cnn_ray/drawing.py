@@ -1,0 +1,393 @@
+"""Labelled synthetic screenshots for `cnn-ray demo` and the tests, and the files that a decoder must survive.
+
+What tells the classes apart is the layout alone: a login card (two stacked input fields over a button) or none. Image
+`i` of both labels shares its size, theme and text size, and ordinary pages have dialogs, search and newsletter fields
+too, so that colour, size, file size or a single field do not give the class away. Same seed, same bytes (with the same
+Pillow): a second call after Ctrl-C completes a folder instead of mixing two.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+import hashlib
+import io
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from cnn_ray.errors import ConfigError, DataError
+
+LABELS = ("legitimate", "phishing")
+FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+SIZES_PX = ((320, 240), (320, 400), (400, 300), (480, 320), (480, 360), (400, 400), (640, 360), (640, 480), (800, 600))
+EXPECTED_QUARANTINE = {
+    "empty.png": "empty",
+    "cut-off.png": "truncated",
+    "cut-off.jpg": "truncated",
+    "text.png": "not_an_image",
+    "error-page.jpg": "not_an_image",
+    "tiff.png": "unsupported_format",
+    "bomb.png": "too_large",
+}
+"""Hostile files that cannot be scored, with their quarantine code; the other ones are good images and get scored."""
+
+TEXT = "account team price order review music design the of and to in for best your daily health data news"
+WORDS = tuple(TEXT.split())
+LOGIN_TITLES = ("Sign in", "Log in", "Account limited", "Session expired", "Unusual activity", "Confirm your identity")
+LOGIN_BUTTONS = ("Sign in", "Log in", "Continue", "Verify", "Unlock", "Next")
+NOTICE_BUTTONS = ("Accept", "Subscribe", "Read more", "Continue", "Buy now", "Next")
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in px
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Canvas:
+    image: Image.Image
+    draw: ImageDraw.ImageDraw
+    rng: random.Random
+    unit: int  # text size in px; all elements are multiples of it, so a layout survives any size
+    surface: Colour
+    field: Colour
+    line: Colour
+    ink: Colour
+    accent: Colour
+
+
+def _canvas(seed: int, rng: random.Random, width_px: int | None, height_px: int | None) -> _Canvas:
+    """An empty page: its size, text size and light or dark colours come from the seed alone, never from the label."""
+    look = random.Random(f"look {seed}")
+    size, hue, dark = look.choice(SIZES_PX), look.random(), look.random() < 0.2
+
+    def tone(lightness: float, saturation: float) -> Colour:
+        red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
+        return int(red * 255), int(green * 255), int(blue * 255)
+
+    size = width_px or size[0], height_px or size[1]
+    if min(size) < 160:
+        raise ConfigError(f"Expected sides of 160 px or more. Received: {size}. Next: draw larger.")
+    unit = max(6, int(min(size) / look.uniform(18, 21)))
+    accent = tone(look.uniform(0.35, 0.5), look.uniform(0.4, 0.9))
+    lightness = look.uniform(0.05, 0.15) if dark else look.uniform(0.7, 0.92)
+    image = Image.new("RGB", size, tone(lightness, look.choice((0.1, 0.2, 0.5))))
+    greys = (0.2, 0.36, 0.6, 0.9) if dark else (0.99, 0.86, 0.45, 0.18)
+    return _Canvas(image, ImageDraw.Draw(image), rng, unit, *(tone(grey, 0.1) for grey in greys), accent)
+
+
+@functools.lru_cache(maxsize=64)
+def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font at this size; cached because each load parses the whole font."""
+    return ImageFont.load_default(max(6, size_px))
+
+
+def _write(c: _Canvas, left: int, top: int, text: str, scale: float = 1.0, colour: Colour | None = None) -> None:
+    c.draw.text((left, top), text, font=_font(int(c.unit * scale)), fill=colour or c.ink)
+
+
+def _words(c: _Canvas, width_px: float, scale: float = 1.0) -> str:
+    """Words that fill about this width: a letter of Pillow's font takes 0.56 em."""
+    room = max(3, int(width_px / (0.56 * c.unit * scale)))
+    return " ".join(c.rng.choices(WORDS, k=room // 3 + 1))[:room].capitalize()
+
+
+def _paragraph(c: _Canvas, box: Box, scale: float = 0.8) -> None:
+    """Lines of text from top to bottom of the box, the last one short."""
+    left, top, right, bottom = box
+    step = max(7, int(c.unit * scale * 1.5))
+    for y in range(top, bottom - step + 1, step):
+        last = y + 2 * step > bottom
+        _write(c, left, y, _words(c, (right - left) * (c.rng.uniform(0.3, 0.8) if last else 1), scale), scale)
+
+
+def _panel(c: _Canvas, box: Box, fill: Colour, outline: Colour | None = None) -> None:
+    c.draw.rounded_rectangle(box, radius=c.unit // 4, fill=fill, outline=outline, width=max(1, c.unit // 10))
+
+
+def _field(c: _Canvas, box: Box, hint: str) -> None:
+    _panel(c, box, c.field, c.line)
+    _write(c, box[0] + c.unit // 2, (box[1] + box[3] - c.unit) // 2, hint, 0.8, c.line)
+
+
+def _button(c: _Canvas, box: Box, text: str) -> None:
+    _panel(c, box, c.accent)
+    middle = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
+    c.draw.text(middle, text, font=_font(int(c.unit * 0.9)), fill=(255, 255, 255), anchor="mm")
+
+
+def _picture(c: _Canvas, box: Box) -> None:
+    """A placeholder for a photo: sun and hill."""
+    left, top, right, bottom = box
+    wide, high = right - left, bottom - top
+    if min(wide, high) >= 8:
+        c.draw.rectangle(box, fill=c.rng.choice((c.field, c.accent, c.line)))
+        peak = left + int(wide * c.rng.uniform(0.3, 0.7)), top + high // 3
+        c.draw.polygon([(left, bottom), peak, (right, bottom)], fill=c.surface)
+        c.draw.ellipse((left + wide // 8, top + 2, left + wide // 4, top + 2 + wide // 8), fill=c.surface)
+
+
+def _logo(c: _Canvas, box: Box) -> None:
+    """A mark (disc or padlock) with a name beside it."""
+    left, top, _, bottom = box
+    size, quarter = bottom - top, (bottom - top) // 4
+    if c.rng.random() < 0.5:
+        c.draw.ellipse((left, top, left + size, bottom), fill=c.accent)
+    else:
+        c.draw.ellipse((left + quarter, top, left + size - quarter, bottom), outline=c.line, width=2)
+        c.draw.rectangle((left + quarter // 2, top + size // 2, left + size - quarter // 2, bottom), fill=c.accent)
+    _write(c, left + size + c.unit // 2, top + (size - c.unit) // 2, c.rng.choice(WORDS).capitalize(), 1.1)
+
+
+def _navigation(c: _Canvas) -> int:
+    """Bottom of the bar drawn at the top of the page: logo, links, a search field or a sign-in link."""
+    width, bar, u = c.image.width, int(c.unit * 2.4), c.unit
+    c.draw.rectangle((0, 0, width, bar), fill=c.rng.choice((c.surface, c.field)))
+    _logo(c, (u // 2, u // 2, u * 8, bar - u // 2))
+    for x in range(u * 9, int(width * 0.6), u * 5):
+        _write(c, x, int(u * 0.8), c.rng.choice(WORDS).capitalize(), 0.9)
+    if c.rng.random() < 0.5:
+        _field(c, (int(width * 0.68), u // 2, width - u, bar - u // 2), "Search")
+    else:
+        _write(c, width - u * 5, int(u * 0.8), c.rng.choice(("Sign in", "Cart", "Help")), 0.9)
+    return bar
+
+
+def _article(c: _Canvas, box: Box) -> None:
+    (left, top, right, bottom), u = box, c.unit
+    _write(c, left, top, _words(c, (right - left) * 0.8, 1.6), 1.6)
+    middle = left + int((right - left) * c.rng.uniform(0.45, 0.7))
+    split = top + int((bottom - top) * c.rng.uniform(0.35, 0.6))
+    _paragraph(c, (left, top + 3 * u, middle - u, bottom))
+    _picture(c, (middle, top + 3 * u, right, split))
+    if c.rng.random() < 0.4:  # a newsletter: one field and its button, side by side
+        _field(c, (middle, split + u, right - u * 4, split + u * 3), "Email")
+        _button(c, (right - u * 4, split + u, right, split + u * 3), "Join")
+    _paragraph(c, (middle, split + u * 4, right, bottom))
+
+
+def _banner(c: _Canvas, box: Box) -> None:
+    """A headline, a line and one button on an else empty page: as little ink as a lone login card."""
+    (left, top, right, bottom), u = box, c.unit
+    y = top + int((bottom - top) * c.rng.uniform(0.1, 0.4))
+    _write(c, left + u, y, _words(c, (right - left) * 0.6, 1.8), 1.8)
+    _paragraph(c, (left + u, y + u * 3, left + (right - left) * 2 // 3, y + u * 6))
+    _button(c, (left + u, y + u * 7, left + u * 7, y + u * 9), c.rng.choice(NOTICE_BUTTONS))
+
+
+def _table(c: _Canvas, box: Box) -> None:
+    left, top, right, bottom = box
+    row, step = int(c.unit * c.rng.uniform(1.6, 2.4)), (right - left) // c.rng.randint(3, 5)
+    for n, y in enumerate(range(top, bottom - row, row)):
+        c.draw.rectangle((left, y, right, y + row), fill=c.surface if n % 2 else c.field)
+        for x in range(left, right - step + 1, step):
+            text = c.rng.choice(WORDS) if n == 0 or x == left else f"{c.rng.randrange(10_000) / 10:.1f}"
+            _write(c, x + c.unit // 2, y + row // 5, text, 0.85)
+
+
+def _grid(c: _Canvas, box: Box) -> None:
+    left, top, right, bottom = box
+    u, wide, high = c.unit, (right - left) // c.rng.randint(2, 4), (bottom - top) // c.rng.randint(1, 3)
+    for x in range(left, right - wide + 1, wide):
+        for y in range(top, bottom - high + 1, high):
+            x1, y1 = x + wide - u // 2, y + high - u // 2
+            _panel(c, (x, y, x1, y1), c.surface, c.line)
+            _picture(c, (x + 3, y + 3, x1 - 3, y1 - int(u * 2.4)))
+            _write(c, x + 4, y1 - int(u * 2.2), _words(c, wide - u, 0.8), 0.8)
+            _write(c, x + 4, y1 - int(u * 1.1), f"{c.rng.randrange(5, 900)}.00", 0.8, c.accent)
+
+
+def _results(c: _Canvas, box: Box) -> None:
+    left, top, right, bottom = box
+    _field(c, (left, top, int(right * 0.7), top + c.unit * 2), c.rng.choice(WORDS))
+    for y in range(top + c.unit * 3, bottom - c.unit * 4, int(c.unit * 4.5)):
+        _write(c, left, y, _words(c, (right - left) // 2, 1.1), 1.1, c.accent)
+        _paragraph(c, (left, y + int(c.unit * 1.4), int(right * 0.85), y + c.unit * 4), 0.75)
+
+
+def _ordinary_page(c: _Canvas) -> None:
+    """Navigation over one of five kinds of content."""
+    box = (c.unit, _navigation(c) + c.unit, c.image.width - c.unit, c.image.height - c.unit // 2)
+    c.rng.choice((_article, _table, _grid, _results, _banner, _banner))(c, box)
+
+
+def _rows(c: _Canvas, login: bool) -> list[tuple[float, Callable[[Box], None]]]:
+    """What a card holds from top to bottom: height in units and how to draw it."""
+    rng = c.rng
+    title = rng.choice(LOGIN_TITLES if login else WORDS)
+    words = rng.choice(LOGIN_BUTTONS if login else NOTICE_BUTTONS)
+    button = (2.2, lambda box: _button(c, box, words))
+    text = (rng.choice((1.3, 2.5) if login else (2.5, 3.8, 5.0)), lambda box: _paragraph(c, box))
+    rows = [(1.8, lambda box: _logo(c, box))] if rng.random() < 0.6 else []
+    rows.append((1.4, lambda box: _write(c, box[0], box[1], title, 1.2)))
+    if not login or rng.random() < 0.4:
+        rows.append(text)
+    if login:
+        name = rng.choice(("Email", "User name", "Phone", "Customer number"))
+        rows += [(2.2, lambda box: _field(c, box, name)), (2.2, lambda box: _field(c, box, "Password")), button]
+        if rng.random() < 0.5:
+            rows.append((0.9, lambda box: _write(c, box[0], box[1], "Forgot password?", 0.8, c.accent)))
+        return rows
+    extra = rng.random()
+    if extra < 0.2:
+        rows.append((2.2, lambda box: _field(c, box, "Email")))
+    elif extra < 0.7:
+        rows.insert(0, (4.0, lambda box: _picture(c, box)))
+    return [*rows, button]
+
+
+def _card(c: _Canvas, login: bool) -> None:
+    """A login card, or a dialog of the same size and place without the two fields."""
+    rows, u, gap = _rows(c, login), c.unit, 0.6
+    high = int(u * (sum(height + gap for height, _ in rows) + 1.4))
+    wide = min(int(u * c.rng.uniform(12, 15)), c.image.width - 2 * u)
+    left = int((c.image.width - wide) * c.rng.choice((0.2, 0.5, 0.5, 0.5, 0.8)))
+    top = int(max(0, c.image.height - high) * c.rng.uniform(0.35, 0.65))
+    outside = (left, 0, left + wide, c.image.height) if c.rng.random() < 0.2 else (left, top, left + wide, top + high)
+    _panel(c, outside, c.surface, c.line)
+    y = top + u
+    for height, paint in rows:
+        paint((left + u, y, left + wide - u, y + int(height * u)))
+        y += int((height + gap) * u)
+
+
+def draw_screenshot(label: str, seed: int, *, width_px: int | None = None, height_px: int | None = None) -> Image.Image:
+    """An RGB page of this label; the other label's page with the same seed has the same size and colours.
+
+    Raises:
+        ConfigError: the label is not one of `LABELS`, or a side has fewer than 160 px.
+    """
+    if label not in LABELS:
+        raise ConfigError(f"Expected a label of {LABELS}. Received: {label!r}. Next: correct the label.")
+    login, rng = label == "phishing", random.Random(f"{label} {seed}")
+    c = _canvas(seed, rng, width_px, height_px)
+    card = login or rng.random() < 0.08
+    if not card or rng.random() < 0.4:
+        _ordinary_page(c)
+        if card and rng.random() < 0.5:  # the page behind a dialog is often out of focus
+            c.image.paste(c.image.reduce(4).resize(c.image.size, Image.Resampling.BILINEAR))
+    if card:
+        _card(c, login)
+    return c.image
+
+
+def encode(image: Image.Image, format: str, seed: int) -> bytes:
+    """Encoded bytes of the image as "PNG", "JPEG" or "WEBP"; the seed picks the quality of the lossy ones."""
+    if format not in FORMATS:
+        raise ConfigError(f"Expected a format of {tuple(FORMATS)}. Received: {format!r}. Next: correct the format.")
+    if format == "PNG":
+        return _saved(image, format, compress_level=1)  # level 6 takes as long as the drawing
+    return _saved(image, format, quality=random.Random(f"quality {seed}").randint(60, 92), method=0)
+
+
+def _saved(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _seed(*parts: object) -> int:
+    """A seed for one image that depends on nothing but the parts: any single file can be drawn again."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big")
+
+
+def _put(path: Path, content: bytes) -> None:
+    """The file has this content, or after Ctrl-C the one it had: written beside its final name and renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_all(kind: str, seed: int, files: list[tuple[Path, str]], progress: Callable[[int], None] | None) -> None:
+    """All (path, label) are there; two in a row share nothing but the kind of run: each has a seed of its own."""
+    for n, (path, label) in enumerate(files):
+        if not path.exists():
+            own = _seed(kind, seed, path.stem.rpartition("-")[2])
+            format = next(format for format, suffix in FORMATS.items() if suffix == path.suffix)
+            _put(path, encode(draw_screenshot(label, own), format, own))
+        if progress:
+            progress(n + 1)
+
+
+def _suffix(seed: int, index: int) -> str:
+    """One of three: each block of three images has all formats, in an order of its own."""
+    return random.Random(f"formats {seed} {index // 3}").sample(tuple(FORMATS.values()), 3)[index % 3]
+
+
+def write_labelled(folder: Path, count: int, seed: int, *, progress: Callable[[int], None] | None = None) -> Path:
+    """The folder, now with `count` images in all in one subfolder a label; an odd one is legitimate.
+
+    `progress` is called with the number of files that are there so far. Files that exist are left as they are.
+    """
+    for label in LABELS:
+        (folder / label).mkdir(parents=True, exist_ok=True)
+    names = [(LABELS[n % 2], f"{LABELS[n % 2]}-{n // 2:05d}{_suffix(seed, n // 2)}") for n in range(count)]
+    _write_all("labelled", seed, [(folder / label / name, label) for label, name in names], progress)
+    return folder
+
+
+def write_unlabelled(folder: Path, count: int, seed: int, *, progress: Callable[[int], None] | None = None) -> Path:
+    """The folder, now flat with `count` images; their labels stand beside it in `<folder>-truth.csv`.
+
+    Raises:
+        DataError: the truth file there is of another seed, so files and labels would not belong together.
+    """
+    swaps = [random.Random(f"order {seed} {n // 2}").randrange(2) for n in range(count)]  # balanced pair by pair
+    files = [(f"screenshot-{n:05d}{_suffix(seed, n)}", LABELS[(n + swap) % 2]) for n, swap in enumerate(swaps)]
+    truth = folder.parent / f"{folder.name}-truth.csv"
+    text = "file,label\n" + "".join(f"{name},{label}\n" for name, label in files)
+    before = truth.read_text() if truth.exists() else ""
+    if not (text.startswith(before) or before.startswith(text)):
+        raise DataError(f"Expected {truth} of this seed. Received: other files. Next: name an empty folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _put(truth, max(text, before, key=len).encode())
+    _write_all("unlabelled", seed, [(folder / name, label) for name, label in files], progress)
+    return folder
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _bomb(side_px: int) -> bytes:
+    """A valid black RGB PNG of side x side, made without its pixels: 20,000 px take 1.2 GB raw and 1.2 MB here.
+
+    A deflate stream flushed in full refers to nothing before it, so the rows of one flush repeat as bytes; for zeros
+    alone Adler-32 is 1 in its lower half and the number of bytes modulo 65521 in its upper half.
+    """
+    rows = 100
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = deflate.compress(bytes(rows * (1 + 3 * side_px))) + deflate.flush(zlib.Z_FULL_FLUSH)
+    adler = ((side_px * (1 + 3 * side_px)) % 65521) << 16 | 1
+    pixels = b"\x78\xda" + block * (side_px // rows) + b"\x03\x00" + struct.pack(">I", adler)
+    header = struct.pack(">IIBBBBB", side_px, side_px, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
+
+
+def hostile_files() -> dict[str, bytes]:
+    """File name -> bytes of what a nightly crawl delivers beside good PNG and JPEG; see EXPECTED_QUARANTINE."""
+    page, other = (draw_screenshot(label, 7, width_px=320, height_px=240) for label in LABELS)
+    png, jpeg = encode(page, "PNG", 7), encode(page, "JPEG", 7)
+    grey = page.convert("L").tobytes()
+    deep = bytearray(2 * len(grey))
+    deep[0::2] = deep[1::2] = grey  # 257 times the 8-bit value: the full 16-bit range, either byte order
+    return {
+        "empty.png": b"",
+        "cut-off.png": png[: len(png) // 2],
+        "cut-off.jpg": jpeg[: len(jpeg) // 2],
+        "text.png": b"This is not an image, whatever its name says.\n",
+        "error-page.jpg": b"<!DOCTYPE html><html><body><h1>503 Service Unavailable</h1></body></html>\n",
+        "tiff.png": _saved(page, "TIFF"),
+        "bomb.png": _bomb(20_000),
+        "cmyk.jpg": _saved(page.convert("CMYK"), "JPEG"),
+        "sixteen-bit.png": _saved(Image.frombytes("I;16", page.size, bytes(deep)), "PNG"),
+        "palette.png": _saved(page.quantize(64), "PNG"),
+        "animated.gif": _saved(page, "GIF", save_all=True, append_images=[other], duration=200, loop=0),
+    }
