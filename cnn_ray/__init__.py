@@ -1,3 +1,44 @@
-"""Batch scoring of screenshots on Ray and TensorFlow."""
+"""Batch scoring of screenshots on Ray and TensorFlow. Read the modules in this order; each imports only from above.
+
+Domain: no clock, network, Ray or TensorFlow.
+    errors.py         what can go wrong: exit codes and HTTP statuses
+    config.py         one frozen class per job; its docstrings are the documentation of every flag
+    records.py        the column contract of everything written, and the codes of the quarantine
+    partitions.py     date and model version <-> location
+    plan.py           listing -> frozen plan of shards; which of them are pending
+    protocol.py       TensorFlow Serving's REST bodies: parse, build, errors
+
+Bytes in, bytes out.
+    storage_base.py   the interface of a store, and what its implementations share
+    storage_retry.py  which failures are tried again, how often and how long
+    storage_s3.py     S3
+    storage.py        local folders; open_store(uri)
+    image_files.py    what a file is, from its first bytes
+    images.py         encoded bytes -> uint8 RGB of the model's size, or a row failure
+    lease.py          who works on a partition now
+    outputs.py        commit a part, its quarantine and the manifest; read back what is committed
+    inputs.py         INPUT -> sorted (uri, etag, size_bytes)
+
+Models.
+    architectures.py  table: name -> builder, size, preprocessing
+    model.py          definition -> Keras classifier of uint8 pixels; freeze, unfreeze
+    artifact.py       the model bundle, its versions and aliases
+    predictor.py      artifact -> scores for a uint8 batch: the only inference path
+    export.py         Keras model -> published artifact, engines measured first
+
+Jobs.
+    dataset.py        labelled images -> split and pixels
+    train_loop.py     the data-parallel epoch loop
+    train.py          the Ray Train driver
+    stages.py         fetch and decode -> predict -> commit, for one shard
+    runners.py        the stages over all shards: locally, or by Ray Data
+    score.py          plan -> pending shards -> manifest
+    serve.py          the Ray Serve application
+    drawing.py        labelled synthetic screenshots for the demo and the tests
+    flags.py          configuration class -> command-line flags
+    console.py        progress and tables
+    cli.py            verbs and exit codes only
+    demo.py           the whole line on drawn screenshots
+"""
 
 __version__ = "0.1.0"

@@ -19,13 +19,11 @@ from cnn_ray.flags import config_flags, config_from_flags
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cnn_ray.score import ScoreResult
-
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 bug, 2 usage, 3 artifact or plan, 4 quarantine, 75 try again, 130 Ctrl-C."""
+    """Runs the command line and exits: 0 done, 1 bug, 2 usage, 3 artifact or plan, 4 quarantine, 75 try again, 130 ^C."""
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     sys.exit(_exit_code(lambda: commands.main(arguments, prog_name="cnn-ray", standalone_mode=False)))
@@ -46,12 +44,14 @@ def _exit_code(run: Callable[[], Any]) -> int:
         click.echo(f"cnn-ray: {error}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("cnn-ray: interrupted. What is committed is kept. Next: the same command goes on from there.", err=True)
+        click.echo(
+            "cnn-ray: interrupted. What is committed is kept. Next: the same command goes on from there.", err=True
+        )
         return INTERRUPTED
     except BrokenPipeError:  # `cnn-ray model list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # noqa: BLE001 the last line of defence: a bug is reported as one
+    except Exception as error:
         if os.environ.get("CNN_RAY_DEBUG"):
             raise
         reason = " ".join(str(error).split())[:300]
@@ -70,9 +70,15 @@ def commands() -> None:
 
 
 def _shared_flags(command: Any) -> Any:
-    command = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, change nothing.")(command)
-    command = click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop.")(command)
-    return click.option("--config", "config_file", metavar="FILE.yaml", help="Read these keys from a YAML file; flags win.")(command)
+    command = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, change nothing.")(
+        command
+    )
+    command = click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop.")(
+        command
+    )
+    return click.option(
+        "--config", "config_file", metavar="FILE.yaml", help="Read these keys from a YAML file; flags win."
+    )(command)
 
 
 @commands.command()
@@ -99,31 +105,11 @@ def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
         return None
     with ui.RowProgress("scored", _console()) as bar:
         result = job.run_score(
-            config, lambda p: bar.update(p.rows, p.planned, f"{p.images_per_s:.0f} images/s, {p.quarantined} quarantined")
+            config,
+            lambda p: bar.update(p.rows, p.planned, f"{p.images_per_s:.0f} images/s, {p.quarantined} quarantined"),
         )
-    print_score_result(result)
+    ui.print_score_result(result, _console(stderr=False))
     return None
-
-
-def print_score_result(result: ScoreResult) -> None:
-    """Afterwards the run's table is on standard output."""
-    from cnn_ray import console as ui
-
-    manifest = result.manifest
-    rows = [("rows planned", str(manifest.planned)), ("scored", str(manifest.scored))]
-    rows += [(f"  label {label}", str(count)) for label, count in manifest.labels.items()]
-    rows += [("flagged", str(manifest.flagged)), ("quarantined", str(manifest.quarantined))]
-    rows += [(f"  {code}", str(count)) for code, count in manifest.codes.items()]
-    if not result.already_done:
-        rows += [("images/s", f"{result.images_per_s:.0f}")]
-    ui.print_table(_console(stderr=False), f"{manifest.model}@{manifest.version}, {manifest.engine} {manifest.precision}", rows)
-    if result.already_done:
-        click.echo("Already scored: nothing was left to do.")
-        if result.unplanned:
-            click.echo(f"{result.unplanned} new or changed objects are in the input; score them into another OUTPUT.")
-    elif result.resumed_rows:
-        click.echo(f"{result.resumed_rows} rows were kept from an earlier attempt.")
-    click.echo(f"Parquet: {result.partition_uri}")
 
 
 @commands.command()
@@ -134,22 +120,19 @@ def train(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
     config = config_from_flags(TrainConfig, config_file, flags)
     if print_config:
         return _print_config(config)
+    from cnn_ray import console as ui
     from cnn_ray import dataset
     from cnn_ray import train as job
 
     if dry_run:
         labelled = dataset.load_labelled(config.data, config.seed)
-        click.echo(f"Would train {config.model.architecture} on {len(labelled.uris)} images of {len(labelled.labels)} classes.")
+        click.echo(
+            f"Would train {config.model.architecture} on {len(labelled.uris)} images of {len(labelled.labels)} classes."
+        )
         return None
-    result = job.run_training(config, on_epoch=print_epoch)
+    result = job.run_training(config, on_epoch=lambda metrics: ui.print_epoch(metrics, _console()))
     click.echo(f"Model: {result.reference} in {result.artifact_uri}")
     return None
-
-
-def print_epoch(metrics: dict[str, Any]) -> None:
-    """Afterwards one line about the epoch is on standard error."""
-    shown = " ".join(f"{k}={v:.4g}" for k, v in metrics.items() if isinstance(v, float))
-    click.echo(f"{metrics.get('phase', 'train')} epoch {metrics.get('epoch', '?')}: {shown}", err=True)
 
 
 @commands.command()
@@ -179,7 +162,7 @@ def demo(folder: str) -> None:
     """Draw screenshots, train on them, score unseen ones: the whole line in FOLDER, with nothing but this package."""
     from cnn_ray.demo import run_demo
 
-    run_demo(folder, _console())
+    run_demo(folder, _console(stderr=False), _console())
 
 
 @commands.group()
@@ -187,7 +170,9 @@ def model() -> None:
     """List, show and verify the versions of models."""
 
 
-_models_uri = click.option("--models-uri", default="models", show_default=True, help="Folder or s3:// prefix of the models.")
+_models_uri = click.option(
+    "--models-uri", default="models", show_default=True, help="Folder or s3:// prefix of the models."
+)
 
 
 @model.command("list")
@@ -212,7 +197,9 @@ def model_list(models_uri: str) -> None:
         )
         for a in found
     ]
-    console.print_table(_console(stderr=False), "", rows, ("model", "architecture", "labels", "input px", "aliases", "created"))
+    console.print_table(
+        _console(stderr=False), "", rows, ("model", "architecture", "labels", "input px", "aliases", "created")
+    )
 
 
 @model.command("show")

@@ -33,7 +33,7 @@ class Config(BaseModel):
 
 
 class ModelConfig(Config):
-    """Which model answers and how its inputs are read: the same for scoring and serving, so that answers are the same."""
+    """Which model answers and how its inputs are read: shared by scoring and serving, so that answers are the same."""
 
     model: str
     """Model reference, NAME@VERSION or NAME@ALIAS, for instance phishing@3 or phishing@champion."""
@@ -149,6 +149,8 @@ class PhaseConfig(Config):
     """Step size of the optimizer; it does not change with the number of workers."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Keras optimizer."""
+    patience: PositiveInt | None = None
+    """Stop after N epochs without a lower validation loss, and go back to the best weights; by default never."""
 
 
 class TrainConfig(Config):
@@ -172,6 +174,8 @@ class TrainConfig(Config):
     """Global batch size, over all workers."""
     seed: int = 0
     """Seed of the split, the start weights and the shuffling."""
+    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    """Keras dtype policy while training; the published model is float32 in any case."""
     num_workers: PositiveInt = 1
     """Ray Train workers; one worker is one GPU when use_gpu is set."""
     use_gpu: bool = False
@@ -270,7 +274,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ConfigError(f"Expected keys and values in {path}. Received: {type(loaded).__name__}. Next: see jobs/*.yaml.")
+        raise ConfigError(
+            f"Expected keys and values in {path}. Received: {type(loaded).__name__}. Next: see jobs/*.yaml."
+        )
     return {str(key): value for key, value in loaded.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
@@ -288,10 +294,14 @@ def _explain(kind: type[Config], error: ValidationError, source: str) -> str:
         where = ".".join(str(step) for step in problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(problem["loc"][-1]), _keys_at(kind, problem["loc"][:-1]), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(_keys_at(kind, problem['loc'][:-1]))}."
+            hint = (
+                f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(_keys_at(kind, problem['loc'][:-1]))}."
+            )
             sentences.append(f"Expected a known key in {source}. Received: {where}. Next: {hint}")
         elif problem["type"] == "missing":
-            sentences.append(f"Expected a value for {where}. Received: none. Next: give it in the YAML file or as a flag.")
+            sentences.append(
+                f"Expected a value for {where}. Received: none. Next: give it in the YAML file or as a flag."
+            )
         elif problem["type"] == "value_error":
             message = str(problem["msg"]).removeprefix("Value error, ")
             sentences.append(f"{message} Next: correct {where}." if where else f"{message} Next: correct the {source}.")

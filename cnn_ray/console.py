@@ -1,10 +1,11 @@
-"""What a person sees in the terminal: progress, tables and one-sentence errors. Plain log lines where there is no terminal."""
+"""What a person sees in the terminal: progress and tables; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +14,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from cnn_ray.score import ScoreResult
 
 LOG_EVERY_S = 5.0
 
@@ -29,7 +32,12 @@ class RowProgress:
 
     def __enter__(self) -> RowProgress:
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
             self._bar.start()
         return self
@@ -59,3 +67,33 @@ def print_table(console: Console, title: str, rows: list[tuple[str, ...]], heade
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)
+
+
+def say(console: Console, text: str) -> None:
+    """Afterwards the text is on the console as it is: unwrapped, so that a path can be copied, and without markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_score_result(result: ScoreResult, console: Console) -> None:
+    """Afterwards the run's table is on the console, and where its Parquet lies."""
+    manifest = result.manifest
+    rows = [("rows planned", str(manifest.planned)), ("scored", str(manifest.scored))]
+    rows += [(f"  label {label}", str(count)) for label, count in manifest.labels.items()]
+    rows += [("flagged", str(manifest.flagged)), ("quarantined", str(manifest.quarantined))]
+    rows += [(f"  {code}", str(count)) for code, count in manifest.codes.items()]
+    if not result.already_done:
+        rows += [("images/s", f"{result.images_per_s:.0f}")]
+    print_table(console, f"{manifest.model}@{manifest.version}, {manifest.engine} {manifest.precision}", rows)
+    if result.already_done:
+        say(console, "Already scored: nothing was left to do.")
+        if result.unplanned:
+            say(console, f"{result.unplanned} new or changed objects are in the input; score them into another OUTPUT.")
+    elif result.resumed_rows:
+        say(console, f"{result.resumed_rows} rows were kept from an earlier attempt.")
+    say(console, f"Parquet: {result.partition_uri}")
+
+
+def print_epoch(metrics: Mapping[str, Any], console: Console) -> None:
+    """Afterwards one line about the epoch is on the console."""
+    shown = " ".join(f"{k}={v:.4g}" for k, v in metrics.items() if isinstance(v, float))
+    say(console, f"{metrics.get('phase', 'train')} epoch {metrics.get('epoch', '?')}: {shown}")

@@ -7,13 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from cnn_ray import drawing
 from cnn_ray.artifact import DESCRIPTION
-from cnn_ray.cli import print_epoch, print_score_result
 from cnn_ray.config import DataConfig, ModelDefinition, PhaseConfig, ScoreConfig, TrainConfig
-from cnn_ray.console import RowProgress
+from cnn_ray.console import RowProgress, print_epoch, print_score_result, say
 from cnn_ray.outputs import read
 from cnn_ray.score import ScoreResult, run_score
 
@@ -26,16 +23,19 @@ TRAIN_SEED = 1
 UNSEEN_SEED = 2
 
 
-def run_demo(folder: str, console: Console) -> ScoreResult:
-    """The scoring run of the demo in the folder; what an earlier demo finished there is kept and said to be."""
+def run_demo(folder: str, out: Console, console: Console) -> ScoreResult:
+    """The scoring run of the demo in the folder; what an earlier demo finished there is kept and said to be.
+
+    Results go to `out`, progress to `console`.
+    """
     start = time.monotonic()
     root = Path(folder)
     data, models = root / "demo-data", root / "models"
-    _draw(data, console)
+    _draw(data, out, console)
     if (models / "demo" / "1" / DESCRIPTION).exists():
-        click.echo(f"Model demo@1 is already in {models}: not trained again.")
+        say(out, f"Model demo@1 is already in {models}: not trained again.")
     else:
-        _train(data / "train", root, console)
+        _train(data / "train", root, out, console)
     config = ScoreConfig(
         model="demo@1",
         models_uri=str(models),
@@ -45,31 +45,33 @@ def run_demo(folder: str, console: Console) -> ScoreResult:
     )
     with RowProgress("scored", console) as bar:
         result = run_score(config, lambda p: bar.update(p.rows, p.planned, f"{p.images_per_s:.0f} images/s"))
-    print_score_result(result)
-    _say_accuracy(result.partition_uri, data / "screenshots-truth.csv")
-    click.echo(f"Done in {time.monotonic() - start:.0f} s. Next, try:")
+    print_score_result(result, out)
+    _say_accuracy(result.partition_uri, data / "screenshots-truth.csv", out)
+    say(out, f"Done in {time.monotonic() - start:.0f} s. Next, try:")
     in_folder = "" if folder == "." else f" --models-uri {models}"
-    click.echo(f"  cnn-ray score YOUR_FOLDER scores-of-mine --model demo@1{in_folder}")
-    click.echo(f"  cnn-ray model show demo@1{in_folder}")
-    click.echo(f"  cnn-ray serve --model demo@1{in_folder}")
+    say(out, f"  cnn-ray score YOUR_FOLDER scores-of-mine --model demo@1{in_folder}")
+    say(out, f"  cnn-ray model show demo@1{in_folder}")
+    say(out, f"  cnn-ray serve --model demo@1{in_folder}")
     return result
 
 
-def _draw(data: Path, console: Console) -> None:
+def _draw(data: Path, out: Console, console: Console) -> None:
     unseen = data / "screenshots"
     if (data / "complete").exists():
-        click.echo(f"Drawings are already in {data}: not drawn again.")
+        say(out, f"Drawings are already in {data}: not drawn again.")
         return
     total = TRAIN_IMAGES + UNSEEN_IMAGES
     with RowProgress("drawn", console) as bar:
         drawing.write_labelled(data / "train", TRAIN_IMAGES, TRAIN_SEED, progress=lambda n: bar.update(n, total))
-        drawing.write_unlabelled(unseen, UNSEEN_IMAGES, UNSEEN_SEED, progress=lambda n: bar.update(TRAIN_IMAGES + n, total))
+        drawing.write_unlabelled(
+            unseen, UNSEEN_IMAGES, UNSEEN_SEED, progress=lambda n: bar.update(TRAIN_IMAGES + n, total)
+        )
         for name, raw in drawing.hostile_files().items():
             (unseen / name).write_bytes(raw)
     (data / "complete").touch()
 
 
-def _train(images: Path, root: Path, console: Console) -> None:
+def _train(images: Path, root: Path, out: Console, console: Console) -> None:
     from cnn_ray.train import run_training
 
     config = TrainConfig(
@@ -81,14 +83,14 @@ def _train(images: Path, root: Path, console: Console) -> None:
         train=PhaseConfig(epochs=12, learning_rate=1e-3),
     )
     with console.status("starting Ray Train (about half a minute), then 12 epochs"):
-        result = run_training(config, on_epoch=print_epoch)
-    click.echo(f"Model: {result.reference} in {result.artifact_uri}")
+        result = run_training(config, on_epoch=lambda metrics: print_epoch(metrics, console))
+    say(out, f"Model: {result.reference} in {result.artifact_uri}")
 
 
-def _say_accuracy(partition_uri: str, truth_file: Path) -> None:
+def _say_accuracy(partition_uri: str, truth_file: Path, out: Console) -> None:
     with truth_file.open(encoding="utf-8", newline="") as stream:
         truth = {row["file"]: row["label"] for row in csv.DictReader(stream)}
     scored = read(partition_uri).select(["uri", "label"]).to_pylist()
     pairs = [(truth[name], row["label"]) for row in scored if (name := Path(row["uri"]).name) in truth]
     right = sum(expected == got for expected, got in pairs)
-    click.echo(f"Accuracy on {len(pairs)} unseen drawings: {right / len(pairs):.3f}")
+    say(out, f"Accuracy on {len(pairs)} unseen drawings: {right / len(pairs):.3f}")

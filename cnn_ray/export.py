@@ -1,4 +1,4 @@
-"""Keras model -> published artifact: SavedModel, weights, OpenVINO IR, and every engine measured before it may answer."""
+"""Keras model -> published artifact: SavedModel, weights, OpenVINO IR; every engine is measured before it may answer."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def publish_artifact(
             files=_file_records(folder),
             engines=figures,
             training=dict(training),
-            libraries={package: installed(package) for package in ("tensorflow", "keras", "openvino", "numpy", "pillow")},
+            libraries={
+                package: installed(package) for package in ("tensorflow", "keras", "openvino", "numpy", "pillow")
+            },
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         return publish_folder(folder, models_uri, description)
@@ -119,7 +121,9 @@ def measure_engines(
             mixed = rebuild_model(definition, model.output_shape[-1], str(folder / WEIGHTS), precision)
             engines["tensorflow"][precision] = freeze_tensorflow(mixed, precision)
     return {
-        engine: {p: compare_scores(f"{engine} {p}", _in_batches(c, pixels), reference, truth) for p, c in computes.items()}
+        engine: {
+            p: compare_scores(f"{engine} {p}", _in_batches(c, pixels), reference, truth) for p, c in computes.items()
+        }
         for engine, computes in engines.items()
     }
 
@@ -139,8 +143,8 @@ def compare_scores(what: str, scores: Scores, reference: Scores, truth: np.ndarr
     full = what.endswith(" f32")
     if not np.all(np.isfinite(scores)) or (full and difference > MAX_F32_DIFFERENCE):
         raise ArtifactError(
-            f"Expected {what} to answer like Keras within {MAX_F32_DIFFERENCE}. Received: a difference of {difference:.3g} "
-            f"and {flips} other labels on {len(truth)} images. Next: report the layer that converts wrongly; "
+            f"Expected {what} to answer like Keras within {MAX_F32_DIFFERENCE}. Received: a difference of "
+            f"{difference:.3g} and {flips} other labels on {len(truth)} images. Next: report the layer that converts wrongly; "
             "nothing was published."
         )
     low, high = _wilson_interval(reference_accuracy, len(truth))
@@ -196,7 +200,7 @@ def _write_saved_model(model: keras.Model, labels: list[str], folder: Path) -> N
 
 
 def _write_openvino(model: keras.Model, folder: Path) -> None:
-    """Afterwards openvino/ holds the IR, made from the concrete function: Keras's own export gave a 3-6x slower graph."""
+    """Afterwards openvino/ holds the IR of the concrete function: Keras's own export gave a 3-6x slower graph."""
     openvino = import_openvino()
     import tensorflow as tf
 

@@ -118,7 +118,9 @@ def _refuse_duplicates(uris: list[str], manifest: str) -> None:
     seen: set[str] = set()
     for uri in uris:
         if uri in seen:
-            raise DataError(f"Expected each uri once in {manifest}. Received: {uri} twice. Next: remove one of the rows.")
+            raise DataError(
+                f"Expected each uri once in {manifest}. Received: {uri} twice. Next: remove one of the rows."
+            )
         seen.add(uri)
 
 

@@ -1,4 +1,4 @@
-"""Who works on a partition now. The lease only saves work: correctness comes from put-if-absent of plan, parts, manifest.
+"""Who works on a partition now. The lease only saves work: correctness comes from put-if-absent.
 
 It is an object with an owner and an expiry, moved by compare-and-swap and renewed by a heartbeat thread. A holder that
 died on this host is recognised by its process and replaced at once; one that died elsewhere is replaced at expiry.
@@ -125,8 +125,8 @@ def _busy_message(holder: Holder, store: Store) -> str:
     since = datetime.fromtimestamp(holder.since_s, UTC).isoformat(timespec="seconds")
     left_s = max(holder.expires_s - time.time(), 0)
     return (
-        f"Expected a free partition {store.uri}. Received: process {holder.pid} on {holder.host} works on it since {since}. "
-        f"Next: wait for it and run again; if it died, its lease ends in {left_s:.0f} s."
+        f"Expected a free partition {store.uri}. Received: process {holder.pid} on {holder.host} works on it "
+        f"since {since}. Next: wait for it and run again; if it died, its lease ends in {left_s:.0f} s."
     )
 
 

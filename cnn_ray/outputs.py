@@ -125,7 +125,7 @@ class Partition:
 
     def committed_names(self) -> list[str]:
         """Names of all parts and quarantine files that are there."""
-        return [key for prefix in ("part-", "quarantine-") for key in self.store.keys(prefix)]
+        return [key for prefix in ("part-", "_quarantine/") for key in self.store.keys(prefix)]
 
     def commit_part(self, shard: Shard, scored: pa.Table, quarantined: pa.Table, planned_rows: int) -> PartRecord:
         """What the shard holds from now on: our part, or the one of a run that was faster.
@@ -238,7 +238,8 @@ def _read_checked(store: Store, ref: FileRef) -> pa.Table:
     raw = store.get(ref.name)
     if hashlib.sha256(raw).hexdigest() != ref.sha256:
         raise PlanError(
-            f"Expected {store.uri_of(ref.name)} as the manifest names it. Received: other bytes. Next: restore the file."
+            f"Expected {store.uri_of(ref.name)} as the manifest names it. Received: other bytes. "
+            "Next: restore the file."
         )
     return pq.read_table(io.BytesIO(raw)).replace_schema_metadata(None)
 

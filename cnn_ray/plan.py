@@ -79,8 +79,12 @@ class Shard:
 
     @property
     def quarantine_name(self) -> str:
-        """Name of its quarantine file, which exists only where rows could not be scored."""
-        return f"quarantine-g{self.generation:04d}-{self.index:05d}.parquet"
+        """Name of its quarantine file, which exists only where rows could not be scored.
+
+        It lies in a folder of its own whose name begins with `_`: Arrow, Spark and Hive skip such names, so a plain
+        read of the partition sees scored rows alone, and a read of the folder sees the quarantine as one table.
+        """
+        return f"_quarantine/quarantine-g{self.generation:04d}-{self.index:05d}.parquet"
 
 
 def make_plan(

@@ -91,8 +91,8 @@ def load_predictor(
 def choose_engine(artifact: Artifact, engine: str, precision: str, *, use_gpu: bool = False) -> tuple[str, str]:
     """(engine, precision) with `auto` resolved: TensorFlow where a GPU is asked for, else OpenVINO.
 
-    A precision other than f32 is taken by `auto` only where the figures measured at export allow it, and only where this
-    node has it in hardware: bf16 moved a MobileNetV2 by up to 0.235, so it is never a default by belief.
+    A precision other than f32 is taken by `auto` only where the figures measured at export allow it, and only where
+    this node has it in hardware: bf16 moved a MobileNetV2 by up to 0.235, so it is never a default by belief.
 
     Raises:
         ConfigError: no such engine or precision, or the artifact's own figures forbid it.
@@ -212,7 +212,9 @@ def _limit_threads(tf: Any, num_threads: int) -> None:
         return
 
 
-def rebuild_model(definition: ModelDefinition, num_classes: int, weights_path: str, precision: str = "f32") -> keras.Model:
+def rebuild_model(
+    definition: ModelDefinition, num_classes: int, weights_path: str, precision: str = "f32"
+) -> keras.Model:
     """The Keras model of a description, built by our own code: only numbers come from the weights file.
 
     Raises:

@@ -1,7 +1,7 @@
 """Two ways to run the stages over shards: a loop with threads in this process, or Ray Data. Equal results, by test.
 
-On Ray one row is one shard all the way: rows never split, so part names stay deterministic, and 2 cores reach the rate of
-the same threads in one plain process, where one row per image reached 0.55 of it.
+On Ray one row is one shard all the way: rows never split, so part names stay deterministic, and 2 cores reach the rate
+of the same threads in one plain process, where one row per image reached 0.55 of it.
 """
 
 from __future__ import annotations
@@ -75,19 +75,18 @@ def run_ray(context: StageContext, shards: Sequence[Shard], config: ScoreConfig)
 
     start_ray()
     _configure_ray_data(ray)
-    reference = ray.put(context)
     rows = [{"index": shard.index, "page": shard.page} for shard in shards]
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(_ReadStage(reference), num_cpus=1)
+        .map(_ReadStage(context), num_cpus=1)
         .map(
             _PredictStage,
-            fn_constructor_args=(reference, config.num_threads),
+            fn_constructor_args=(context, config.num_threads),
             compute=ActorPoolStrategy(size=config.num_predict_actors),
             num_cpus=0.5,
             num_gpus=config.num_gpus or None,
         )
-        .map(_CommitStage(reference), num_cpus=0.25)
+        .map(_CommitStage(context), num_cpus=0.25)
     )
     try:
         for row in dataset.iter_rows():
@@ -137,11 +136,11 @@ def _configure_ray_data(ray: Any) -> None:
 
 
 class _ReadStage:
-    def __init__(self, context: Any) -> None:
-        self._reference = context
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        context = _context(self._reference)
+        context = self._context
         decoded = fetch_decode(context, Shard(context.plan.generation, int(row["index"]), str(row["page"])))
         return {
             "index": decoded.shard.index,
@@ -154,24 +153,24 @@ class _ReadStage:
 
 
 class _PredictStage:
-    def __init__(self, context: Any, num_threads: int) -> None:
-        self._context = _context(context)
-        frozen = self._context.plan.frozen
+    def __init__(self, context: StageContext, num_threads: int) -> None:
+        frozen = context.plan.frozen
+        self._batch_size = context.batch_size
         self._predictor = load_predictor(
-            self._context.artifact, engine=frozen.engine, precision=frozen.precision, num_threads=num_threads
+            context.artifact, engine=frozen.engine, precision=frozen.precision, num_threads=num_threads
         )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        scores = self._predictor.predict_in_batches(np.ascontiguousarray(row.pop("pixels")), self._context.batch_size)
+        scores = self._predictor.predict_in_batches(np.ascontiguousarray(row.pop("pixels")), self._batch_size)
         return {**row, "scores": scores}
 
 
 class _CommitStage:
-    def __init__(self, context: Any) -> None:
-        self._reference = context
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        context = _context(self._reference)
+        context = self._context
         decoded = DecodedShard(
             shard=Shard(context.plan.generation, int(row["index"]), str(row["page"])),
             pixels=np.empty((0,), np.uint8),
@@ -181,9 +180,3 @@ class _CommitStage:
         )
         record = commit_shard(context, decoded, np.asarray(row["scores"], np.float32))
         return {"record": record.model_dump_json()}
-
-
-def _context(reference: Any) -> StageContext:
-    import ray
-
-    return ray.get(reference)

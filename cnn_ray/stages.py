@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cnn_ray.artifact import Artifact
-from cnn_ray.errors import AccessDeniedError, ChangedError, NotFoundError, TooLargeError
+from cnn_ray.errors import AccessDeniedError, ChangedError, ConfigError, NotFoundError, TooLargeError
 from cnn_ray.images import DecodedImage, ImageCaps, decode
 from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED, store_and_key
 from cnn_ray.outputs import Partition, PartRecord
@@ -27,7 +27,7 @@ from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, Row
 from cnn_ray.storage import Store, open_store
 
 PROBES = 16
-"""Rows tried elsewhere in the plan before a shard that was wholly denied is taken for bad rows and not for a bad key."""
+"""Rows tried elsewhere in the plan before a wholly denied shard is taken for bad rows and not for a bad key."""
 
 Row: TypeAlias = DecodedImage | RowFailure
 
@@ -79,7 +79,11 @@ def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
     uris, etags = rows["uri"].to_pylist(), rows["etag"].to_pylist()
     results = list(pool.map(functools.partial(_read_image, context), uris, etags))
     failures = {k: result for k, result in enumerate(results) if isinstance(result, RowFailure)}
-    if failures and all(f.code == QuarantineCode.ACCESS_DENIED for f in failures.values()) and len(failures) == len(uris):
+    if (
+        failures
+        and all(f.code == QuarantineCode.ACCESS_DENIED for f in failures.values())
+        and len(failures) == len(uris)
+    ):
         _refuse_if_all_denied(context)
     good = [(k, image) for k, image in enumerate(results) if isinstance(image, DecodedImage)]
     height, width = context.artifact.size_px
@@ -145,8 +149,8 @@ def _fetch(context: StageContext, uri: str, etag: str) -> bytes | RowFailure:
     frozen_failure = _FROZEN_FAILURES.get(etag)
     if frozen_failure is not None:
         return frozen_failure
-    store, key = store_and_key(uri, _store(context.input_root))
     try:
+        store, key = store_and_key(uri, _store(context.input_root))
         return store.get(key, if_match=etag, max_bytes=context.caps.max_bytes)
     except NotFoundError:
         return RowFailure(QuarantineCode.NOT_FOUND, "it was there when the run was planned")
@@ -154,6 +158,8 @@ def _fetch(context: StageContext, uri: str, etag: str) -> bytes | RowFailure:
         return RowFailure(QuarantineCode.CHANGED, "it changed after the run was planned")
     except AccessDeniedError:
         return RowFailure(QuarantineCode.ACCESS_DENIED, "the credentials of the run may not read it")
+    except ConfigError:  # S3 may list keys such as `a/../b`, which a folder cannot hold
+        return RowFailure(QuarantineCode.URI_NOT_ALLOWED, "a location that steps out of its folder")
     except TooLargeError:
         return RowFailure(QuarantineCode.TOO_LARGE, f"more than {context.caps.max_bytes} bytes")
 

@@ -1,4 +1,4 @@
-"""Scoring as a Ray job: `ray job submit --working-dir . -- python jobs/score.py --config jobs/score.yaml --date 2026-11-23`.
+"""Scoring as a Ray job: `ray job submit --working-dir . -- python jobs/score.py --config jobs/score.yaml --date ...`.
 
 The flags are those of `cnn-ray score`; so are the exit codes.
 """

@@ -1,0 +1,55 @@
+"""What several tests build: small models and folders of drawn images."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cnn_ray.artifact import Artifact
+from cnn_ray.config import ModelDefinition
+
+LABELS = ("legitimate", "phishing")
+SIDE_PX = 32
+
+
+def publish_small_artifact(models_uri: str, name: str = "small", seed: int = 0) -> Artifact:
+    """A published `simple_cnn` of 32 px with random weights: quick to make; its scores differ from image to image."""
+    from cnn_ray.export import publish_artifact
+    from cnn_ray.model import build_classifier
+
+    definition = ModelDefinition(architecture="simple_cnn", input_size_px=SIDE_PX)
+    model = build_classifier(definition, len(LABELS), seed=seed)
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
+    return publish_artifact(
+        model,
+        models_uri=models_uri,
+        name=name,
+        definition=definition,
+        labels=LABELS,
+        positive_label="phishing",
+        threshold=0.5,
+        validation_pixels=pixels,
+        validation_labels=np.arange(16) % 2,
+        training={},
+    )
+
+
+def image_bytes(seed: int, size_px: tuple[int, int] = (40, 30), format: str = "PNG") -> bytes:
+    """An encoded image of coloured noise blocks, the same for the same seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(blocks).resize(size_px, Image.Resampling.NEAREST).save(stream, format)
+    return stream.getvalue()
+
+
+def write_images(folder: Path, count: int, bad: int = 0) -> Path:
+    """A folder of `count` images, and `bad` files more that are none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(count):
+        (folder / f"shot-{seed:04d}.png").write_bytes(image_bytes(seed))
+    for number in range(bad):
+        (folder / f"bad-{number:04d}.png").write_bytes([b"", b"no image at all", image_bytes(0)[:60]][number % 3])
+    return folder
