@@ -234,3 +234,7 @@ def _console(*, stderr: bool = True) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from cnn_ray.outputs import PartRecord
 from cnn_ray.plan import Shard
 from cnn_ray.predictor import cpu_count, load_predictor
 from cnn_ray.records import QuarantineCode, RowFailure
-from cnn_ray.stages import DecodedShard, StageContext, commit_shard, fetch_decode, predict_shard
+from cnn_ray.stages import DecodedShard, StageContext, cancel_fetches, commit_shard, fetch_decode, predict_shard
 
 SHARDS_AHEAD = 2
 """Shards that may be decoded before the predictor takes them: enough to never wait, little enough to stay in memory."""
@@ -58,6 +58,9 @@ def run_local(context: StageContext, shards: Sequence[Shard], config: ScoreConfi
                 yield committing.pop(0).result()
         for future in committing:
             yield future.result()
+    except BaseException:
+        cancel_fetches()
+        raise
     finally:
         readers.shutdown(wait=True, cancel_futures=True)
         writer.shutdown(wait=True)
@@ -131,6 +134,7 @@ def _configure_ray_data(ray: Any) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else only the text of our errors arrives
     context.execution_no_progress_timeout_s = WAIT_FOR_NODES_S
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -156,11 +160,17 @@ class _PredictStage:
     def __init__(self, context: StageContext, num_threads: int) -> None:
         frozen = context.plan.frozen
         self._batch_size = context.batch_size
-        self._predictor = load_predictor(
-            context.artifact, engine=frozen.engine, precision=frozen.precision, num_threads=num_threads
-        )
+        self._failure: CnnRayError | None = None
+        try:
+            self._predictor = load_predictor(
+                context.artifact, engine=frozen.engine, precision=frozen.precision, num_threads=num_threads
+            )
+        except CnnRayError as error:  # Ray keeps only the text of what a constructor raises, and tries it again
+            self._failure = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self._failure is not None:
+            raise self._failure
         scores = self._predictor.predict_in_batches(np.ascontiguousarray(row.pop("pixels")), self._batch_size)
         return {**row, "scores": scores}
 

@@ -132,9 +132,17 @@ def _store(uri: str) -> Store:
     return open_store(uri)
 
 
-@functools.lru_cache(maxsize=2)
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
 def _fetch_pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="fetch-decode")
+    return _pools.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="fetch-decode"))
+
+
+def cancel_fetches() -> None:
+    """Afterwards no image waits for a thread any more; shards in flight end with CancelledError, so Ctrl-C is quick."""
+    while _pools:
+        _pools.popitem()[1].shutdown(wait=False, cancel_futures=True)
 
 
 def _read_image(context: StageContext, uri: str, etag: str) -> Row:

@@ -1,0 +1,125 @@
+"""What all contestants work on: one folder of images that each of them can read, and one published model."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cnn_ray import drawing
+from cnn_ray.artifact import WEIGHTS, load_artifact
+from cnn_ray.config import ModelDefinition
+from cnn_ray.images import DecodedImage, ImageCaps, decode
+
+LABELS = ("legitimate", "phishing")
+REFERENCE = "bench@1"
+PAGE_PX = (1366, 768)
+JPEG_EVERY = 10
+MAX_DRAWN = 240
+"""More different pages take minutes to draw; hard links to them are as much work to score."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a contestant's process needs, as JSON on its command line."""
+
+    images: str
+    models: str
+    weights: str
+    architecture: str
+    size_px: int
+    count: int
+    shard_size: int
+    batch_size: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Material:
+        return Material(**json.loads(text))
+
+    @property
+    def definition(self) -> ModelDefinition:
+        return ModelDefinition(architecture=self.architecture, input_size_px=self.size_px)
+
+
+def gather_images(source: Path | None, target: Path, count: int) -> str:
+    """One line about the `count` images that now lie in `target`, under numbers in an order that no size follows."""
+    good = _readable(source) if source is not None else _draw(target.parent / "drawn", min(count, MAX_DRAWN))
+    if not good:
+        raise SystemExit(f"Expected RGB PNG or JPEG images in {source}. Received: none.")
+    target.mkdir()
+    for number in range(count):
+        path = good[number % len(good)]
+        name = target / f"{number:06d}{path.suffix.lower()}"
+        try:
+            os.link(path, name)
+        except OSError:  # another file system
+            shutil.copyfile(path, name)
+    size = np.mean([path.stat().st_size for path in good]) / 1e3
+    what = "drawn pages of 1366x768" if source is None else f"readable files of {source}"
+    return f"{count} images: {min(len(good), count)} {what}, {size:.0f} kB on average"
+
+
+def _readable(source: Path) -> list[Path]:
+    files = [p for p in sorted(source.rglob("*")) if p.is_file() and all_can_read(p)]
+    return sorted(files, key=lambda p: hashlib.sha256(p.name.encode()).digest())
+
+
+def all_can_read(path: Path) -> bool:
+    """Whether every contestant reads the file, and to the same channels: RGB PNG or JPEG that we accept and TensorFlow
+    and Ray's read_images (one bad file aborts them) do too."""
+    raw = path.read_bytes()
+    if not isinstance(decode(raw, (64, 64), ImageCaps()), DecodedImage):
+        return False
+    with Image.open(io.BytesIO(raw)) as image:
+        suffixes = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg")}.get(image.format or "", ())
+        return image.mode == "RGB" and not getattr(image, "is_animated", False) and path.suffix.lower() in suffixes
+
+
+def _draw(folder: Path, count: int) -> list[Path]:
+    folder.mkdir()
+    paths: list[Path] = []
+    for seed in range(count):
+        form = "JPEG" if seed % JPEG_EVERY == JPEG_EVERY - 1 else "PNG"
+        image = drawing.draw_screenshot(drawing.LABELS[seed % 2], seed, width_px=PAGE_PX[0], height_px=PAGE_PX[1])
+        paths.append(folder / f"{seed:06d}{drawing.FORMATS[form]}")
+        paths[-1].write_bytes(drawing.encode(image, form, seed))
+    return paths
+
+
+def publish(material: Material) -> None:
+    """`bench@1` of the architecture lies in the models folder, with random weights: they take as long as trained ones."""
+    from cnn_ray.export import publish_artifact
+    from cnn_ray.model import build_classifier
+
+    side = material.size_px
+    publish_artifact(
+        build_classifier(material.definition, len(LABELS)),
+        models_uri=material.models,
+        name="bench",
+        definition=material.definition,
+        labels=LABELS,
+        positive_label="phishing",
+        threshold=0.5,
+        validation_pixels=np.random.default_rng(0).integers(0, 256, (8, side, side, 3), dtype=np.uint8),
+        validation_labels=np.arange(8) % 2,
+        training={},
+    )
+    artifact = load_artifact(material.models, REFERENCE)
+    if not Path(material.weights).is_file():
+        raise SystemExit(f"Expected {artifact.reference}'s {WEIGHTS} at {material.weights}. Received: no such file.")
+
+
+def image_paths(material: Material) -> Iterable[Path]:
+    """The images in the order of their names."""
+    return sorted(Path(material.images).iterdir())

@@ -1,0 +1,160 @@
+"""The command line as a user meets it: one sentence and the right exit code, never a traceback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from factories import image_bytes, write_images
+
+from cnn_ray import cli, outputs
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return ended.value.code, captured.out, captured.err  # type: ignore[return-value]
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    return write_images(tmp_path / "in", 10, bad=1)
+
+
+def test_score_prints_a_table_and_a_second_run_says_so(capsys, tmp_path, images, small_models):
+    command = ("score", images, tmp_path / "out", "--model", "small@1", "--models-uri", small_models)
+    command = (*command, "--max-quarantine-rate", "0.2")
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert re.search(r"rows planned +│ 11 ", out)
+    assert re.search(r"quarantined +│ 1 ", out)
+    assert f"Parquet: {tmp_path}/out/model=small/version=1" in out
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert "Already scored: nothing was left to do." in out
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (("--model", "small@9"), 3, r"no artifact\.json"),
+        (("--model", "small@champion"), 3, "Expected an alias"),
+        (("--model", "small"), 2, "NAME@VERSION"),
+        (("--models-uri", "nowhere"), 3, "Expected model small@1"),
+        (("--date", "yesterday"), 2, "Expected a date"),
+        (("--shard-size", "many"), 2, "shard_size"),
+        (("--bach-size", "3"), 2, "--batch-size"),
+        (("--config", "nowhere.yaml"), 2, "No such file"),
+        (("--max-quarantine-rate", "0"), 4, r"1 of 11 \(1 empty\)"),
+        (("--precision", "mixed_bfloat16"), 2, "one of the precisions f32, bf16"),
+    ],
+)
+def test_mistakes_have_one_sentence_and_an_exit_code(capsys, tmp_path, images, small_models, change, code, message):
+    command = ["score", images, tmp_path / "out", "--model", "small@1", "--models-uri", small_models, *change]
+    got, _, err = run(capsys, *command)
+    assert got == code
+    assert re.search(message, err)
+
+
+def test_empty_and_missing_inputs_and_unwritable_outputs(capsys, tmp_path, images, small_models):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    model = ("--model", "small@1", "--models-uri", small_models)
+    for source, output, message in [
+        (tmp_path / "empty", tmp_path / "out", "Expected images in"),
+        (tmp_path / "nowhere", tmp_path / "out", "nowhere"),
+        (images, tmp_path / "file" / "out", "Expected"),
+        (images, "/proc/out", "Expected"),
+        (images, "ftp://host/x", "Expected"),
+    ]:
+        code, _, err = run(capsys, "score", source, output, *model)
+        assert (code, message in err) == (2, True), err
+        assert "Next:" in err
+
+
+def test_missing_bucket_and_wrong_credentials(capsys, tmp_path, images, small_models, s3_uri, monkeypatch):
+    model = ("--model", "small@1", "--models-uri", small_models)
+    for source, output in [("s3://no-such-bucket/x", tmp_path / "out"), (images, "s3://no-such-bucket/x")]:
+        code, _, err = run(capsys, "score", source, output, *model)
+        assert (code, "no-such-bucket" in err) == (2, True), err
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    code, _, err = run(capsys, "score", s3_uri, tmp_path / "out", *model)
+    assert (code, "credentials" in err) == (2, True), err
+
+
+def test_dry_run_and_print_config(capsys, tmp_path, images, small_models):
+    command = ("score", images, tmp_path / "out", "--model", "small@1", "--models-uri", small_models)
+    code, out, _ = run(capsys, *command, "--dry-run")
+    assert code == 0
+    assert "Would score 11 objects" in out
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run(capsys, *command, "--print-config")
+    assert (code, f"output_uri: {tmp_path}/out" in out) == (0, True)
+
+
+def test_model_list_show_verify(capsys, small_models):
+    code, out, _ = run(capsys, "model", "list", "--models-uri", small_models)
+    assert (code, "small@1" in out) == (0, True)
+    code, out, _ = run(capsys, "model", "show", "small@1", "--models-uri", small_models)
+    assert json.loads(out)["labels"] == ["legitimate", "phishing"]
+    code, out, _ = run(capsys, "model", "verify", "small@1", "--models-uri", small_models)
+    assert (code, "files as published" in out) == (0, True)
+    code, out, _ = run(capsys, "model", "list", "--models-uri", f"{small_models}/small/1/variables")
+    assert (code, "No models" in out) == (0, True)
+
+
+def test_a_bug_is_one_line(capsys, monkeypatch, tmp_path, images, small_models):
+    from cnn_ray import score
+
+    monkeypatch.setattr(score, "load_artifact", lambda *_: 1 / 0)
+    code, _, err = run(capsys, "score", images, tmp_path / "o", "--model", "small@1", "--models-uri", small_models)
+    assert (code, "ZeroDivisionError" in err, "CNN_RAY_DEBUG=1" in err) == (1, True, True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_resumable_run(tmp_path, small_models, number):
+    source = tmp_path / "in"
+    source.mkdir()
+    first = source / "shot-00000.png"
+    first.write_bytes(image_bytes(1, size_px=(1200, 900)))
+    for k in range(1, 320):
+        os.link(first, source / f"shot-{k:05d}.png")
+    output = tmp_path / "out" / "model=small" / "version=1"
+    command = [sys.executable, "-m", "cnn_ray.cli", "score", source, tmp_path / "out", "--model", "small@1"]
+    command += ["--models-uri", small_models, "--shard-size", "16"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(output.glob("part-*"))) < 2 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in err
+    assert "Traceback" not in err
+    kept = {p.name: p.stat().st_mtime_ns for p in output.glob("part-*")}
+    assert 2 <= len(kept) < 20
+    assert not list(output.glob("_manifest*"))
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"{16 * len(kept)} rows were kept from an earlier attempt." in again.stdout
+    assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in output.glob("part-*")}.items()
+    assert outputs.read(str(output)).num_rows == 320
+
+
+def test_help_is_quick_and_imports_no_framework():
+    code = (
+        "import sys\ntry:\n    from cnn_ray.cli import main\n    main(sys.argv[1:])\nexcept SystemExit:\n"
+        "    heavy = {'ray', 'tensorflow', 'keras', 'openvino', 'boto3', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "    sys.exit(repr(heavy) if heavy else 0)"
+    )
+    for arguments in (["--help"], ["score", "--help"], ["train", "--help"], ["serve", "--help"], ["model", "list", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
