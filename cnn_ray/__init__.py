@@ -28,7 +28,10 @@ Models.
 
 Jobs.
     dataset.py        labelled images -> split and pixels
+    collectives.py    the group of workers: agree, sum, time out
+    train_state.py    what a checkpoint holds
     train_loop.py     the data-parallel epoch loop
+    train_worker.py   what one Ray Train worker does: load, train, publish
     train.py          the Ray Train driver
     stages.py         fetch and decode -> predict -> commit, for one shard
     runners.py        the stages over all shards: locally, or by Ray Data
@@ -37,8 +40,8 @@ Jobs.
     drawing.py        labelled synthetic screenshots for the demo and the tests
     flags.py          configuration class -> command-line flags
     console.py        progress and tables
-    cli.py            verbs and exit codes only
     demo.py           the whole line on drawn screenshots
+    cli.py            verbs and exit codes only
 """
 
 __version__ = "0.1.0"

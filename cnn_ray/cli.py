@@ -125,7 +125,7 @@ def train(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
     from cnn_ray import train as job
 
     if dry_run:
-        labelled = dataset.load_labelled(config.data, config.seed)
+        labelled = dataset.read_labelled_set(config.data, config.seed)
         click.echo(
             f"Would train {config.model.architecture} on {len(labelled.uris)} images of {len(labelled.labels)} classes."
         )

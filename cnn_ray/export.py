@@ -184,12 +184,12 @@ def _write_saved_model(model: keras.Model, labels: list[str], folder: Path) -> N
     def from_bytes(image_bytes: Any) -> dict[str, Any]:
         pixels = tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec((height, width, 3), tf.uint8))
         scores = model(pixels, training=False)
-        return {"classes": tf.tile(names[tf.newaxis], [tf.shape(scores)[0], 1]), "scores": scores}
+        return {"classes": tf.repeat(names[tf.newaxis], tf.shape(scores)[0], axis=0), "scores": scores}
 
     def from_pixels(pixels: Any) -> dict[str, Any]:
         return {"scores": model(pixels, training=False)}
 
-    archive = keras.export.ExportArchive()
+    archive: Any = keras.export.ExportArchive()  # typed as a union over Keras's backends
     archive.track(model)
     archive.add_endpoint("serving_default", from_bytes, [tf.TensorSpec([None], tf.string, "image_bytes")])
     archive.add_endpoint("serving_pixels", from_pixels, [tf.TensorSpec([None, height, width, 3], tf.uint8, "pixels")])

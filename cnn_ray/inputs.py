@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """INPUT -> sorted tables of (uri, etag, size_bytes): a folder, an s3:// prefix, or a manifest of locations."""
 
 from __future__ import annotations
@@ -8,7 +12,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -111,7 +114,7 @@ def _manifest_listing(uri: str, uri_column: str) -> pa.Table:
     for name in table.column_names:
         if name != uri_column:
             listing = listing.append_column(INPUT_PREFIX + name, table[name])
-    return listing.take(pc.sort_indices(listing["uri"]))
+    return listing.sort_by("uri")
 
 
 def _refuse_duplicates(uris: list[str], manifest: str) -> None:

@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """The partition on storage: plan, parts, quarantine and manifest, each written once by put-if-absent.
 
 The part is the one commit point of a shard. It carries the shard's quarantined rows in its Parquet metadata, and the

@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """listing -> frozen plan of shards. Pure: what is written and where is for cnn_ray.outputs.
 
 A plan is a small JSON head and pages of rows. The head freezes everything that decides an answer, so that a resumed run

@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """The column contract: Arrow schemas of everything that cnn_ray writes, and the closed list of row failures."""
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def run_ray(context: StageContext, shards: Sequence[Shard], config: ScoreConfig)
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map(_ReadStage(context), num_cpus=1)
         .map(
-            _PredictStage,
+            _PredictStage,  # pyright: ignore[reportArgumentType]  # Ray makes one for each actor
             fn_constructor_args=(context, config.num_threads),
             compute=ActorPoolStrategy(size=config.num_predict_actors),
             num_cpus=0.5,
@@ -104,10 +104,13 @@ def start_ray() -> None:
 
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:  # one logical CPU more than cores: the stage that waits for storage must not keep the predictor from starting
+    else:
+        # Ray's core complains on the driver's standard error about how Ray Data makes its own actors
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # One logical CPU more than cores: the stage that waits for storage must not keep the predictor from starting.
         ray.init(
             address="local",
             num_cpus=max(cpu_count(), 2) + 1,

@@ -110,7 +110,7 @@ def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
     engine, precision = choose_engine(artifact, config.engine, config.precision, use_gpu=config.num_gpus > 0)
     uri = fill_date(config.input_uri, config.date)
     return Frozen(
-        input_uri=uri if uri.startswith("s3://") else open_store(uri).uri,
+        input_uri=open_store(uri).uri,
         uri_column=config.uri_column,
         model=artifact.name,
         version=artifact.version,

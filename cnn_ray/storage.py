@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """Bytes in, bytes out: one `Store` over local folders and S3, with the conditional writes that commits are built on.
 
     store = open_store("s3://bucket/screens")       # or "folder", "/abs", "~/x", "file:///abs"; no I/O yet

@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """What every store has in common: the interface, the key rule, listings in batches, and files that appear whole.
 
 Use it through `cnn_ray.storage`; this module only keeps the two implementations from importing each other.

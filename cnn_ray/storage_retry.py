@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """What S3 and the network say, as our errors; and the only retry loop, for all of `cnn_ray.storage_s3`.
 
 Codes decide, not texts: S3's texts quote keys, signatures and request headers, so none of them reaches a message.

@@ -1,3 +1,7 @@
+# pyright: strict
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
 """S3 and what speaks its protocol, for `cnn_ray.storage`.
 
 boto3 does everything, because it reads every credential source, profile and endpoint setting; except two hot spots.

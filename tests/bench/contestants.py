@@ -69,7 +69,7 @@ def ray_recipe(material: Material) -> list[Mark]:
     side = (material.size_px, material.size_px)
     predictions = ray.data.read_images(material.images, size=side, mode="RGB", include_paths=True).map_batches(
         RecipePredictor,
-        fn_constructor_args=(material.to_json(), str(Path(__file__).parent)),
+        fn_constructor_args=(material.to_json(),),
         batch_size=material.batch_size,
         compute=ActorPoolStrategy(size=1),
     )
@@ -79,10 +79,7 @@ def ray_recipe(material: Material) -> list[Mark]:
 class RecipePredictor:
     """The recipe's class: the model is loaded once per actor."""
 
-    def __init__(self, material: str, folder: str) -> None:
-        import sys
-
-        sys.path.insert(0, folder)  # the worker unpickles this class by name
+    def __init__(self, material: str) -> None:
         self._model = _keras_model(Material.from_json(material))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ REFERENCE = "bench@1"
 PAGE_PX = (1366, 768)
 JPEG_EVERY = 10
 MAX_DRAWN = 240
-"""More different pages take minutes to draw; hard links to them are as much work to score."""
+"""More different pages take minutes to draw; copies of them are as much work to score."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,7 @@ def gather_images(source: Path | None, target: Path, count: int) -> str:
     for number in range(count):
         path = good[number % len(good)]
         name = target / f"{number:06d}{path.suffix.lower()}"
-        try:
-            os.link(path, name)
-        except OSError:  # another file system
-            shutil.copyfile(path, name)
+        shutil.copyfile(path, name)  # hard links would share one time of reading
     size = np.mean([path.stat().st_size for path in good]) / 1e3
     what = "drawn pages of 1366x768" if source is None else f"readable files of {source}"
     return f"{count} images: {min(len(good), count)} {what}, {size:.0f} kB on average"
@@ -98,7 +95,7 @@ def _draw(folder: Path, count: int) -> list[Path]:
 
 
 def publish(material: Material) -> None:
-    """`bench@1` of the architecture lies in the models folder, with random weights: they take as long as trained ones."""
+    """`bench@1` of the architecture lies in the models folder. Random weights take as long as trained ones."""
     from cnn_ray.export import publish_artifact
     from cnn_ray.model import build_classifier
 
@@ -118,6 +115,18 @@ def publish(material: Material) -> None:
     artifact = load_artifact(material.models, REFERENCE)
     if not Path(material.weights).is_file():
         raise SystemExit(f"Expected {artifact.reference}'s {WEIGHTS} at {material.weights}. Received: no such file.")
+
+
+def forget_reads(material: Material) -> None:
+    """All images look as if never read, with their times of change as before (an etag holds them)."""
+    for path in image_paths(material):
+        os.utime(path, ns=(0, path.stat().st_mtime_ns))
+
+
+def read_times(material: Material) -> list[float]:
+    """When each image was first read (seconds since the epoch, sorted): `relatime` keeps that; empty on `noatime`."""
+    times = sorted(path.stat().st_atime for path in image_paths(material))
+    return times if times and times[0] > 0 else []
 
 
 def image_paths(material: Material) -> Iterable[Path]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,17 @@ def chief_stops(world: World, _folder: Path) -> dict[str, Any]:
 
 
 def resume(world: World, folder: Path) -> dict[str, Any]:
-    """Two phases with an EarlyStopping each: once undisturbed, then again from the state after every single epoch."""
+    """Two phases that EarlyStopping ends after three epochs each, going back to the first one's weights.
+
+    Once undisturbed, then again from the state in mid-phase, at the end of a phase, and in the second phase.
+    """
     import keras
 
-    phases = [phase(3, 0.01, "adam"), phase(4, 0.01, "adam", "fine_tune")]
+    phases = [phase(6, 0.01, "adam"), phase(6, 0.01, "adam", "fine_tune")]
 
     def make(_phase: str) -> list[Any]:
         return [
-            keras.callbacks.EarlyStopping(monitor="val_loss", patience=1, min_delta=0.02, restore_best_weights=True)
+            keras.callbacks.EarlyStopping(monitor="val_loss", patience=2, min_delta=10.0, restore_best_weights=True)
         ]
 
     saved: list[Path] = []
@@ -163,7 +166,7 @@ def resume(world: World, folder: Path) -> dict[str, Any]:
     history = trainer.run(phases, callbacks=make, after_epoch=keep)
     weights = trainer.model.get_weights()
     equal = []
-    for state in saved[::2]:
+    for state in (saved[1], saved[2], saved[4]):
         again = make_trainer(world, noisy_model)
         history_again = again.run(phases, callbacks=make, resume_from=state)
         same = all(np.array_equal(a, b) for a, b in zip(weights, again.model.get_weights(), strict=True))
@@ -216,14 +219,15 @@ def agree(world: World, _folder: Path) -> dict[str, Any]:
     return {"history": [], "weights": [], "raised": raised}
 
 
-def stall(world: World, _folder: Path) -> dict[str, Any]:
-    """The last rank stops itself after the first epoch: alive, but silent."""
+def stall(world: World, folder: Path) -> dict[str, Any]:
+    """The last rank sleeps after the first epoch. TensorFlow's heartbeats go on, so only the time limit can notice."""
 
-    def stop(_logs: Any, _save: Any) -> None:
+    def sleep(_logs: Any, _save: Any) -> None:
         if world.rank == world.size - 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            (folder / "asleep").touch()
+            time.sleep(600)
 
-    make_trainer(world, plain_model).run([phase(3, 0.1)], after_epoch=stop)
+    make_trainer(world, plain_model).run([phase(3, 0.1)], after_epoch=sleep)
     return {"history": [], "weights": []}
 
 

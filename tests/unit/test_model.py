@@ -173,13 +173,14 @@ def test_weights_of_another_network_are_refused(tmp_path):
         build_classifier(MOBILENET, 2, weights_path=path)
 
 
-def test_weights_with_a_missing_layer_are_refused(mobilenet, tmp_path):
+@pytest.mark.parametrize("lost", ["layers/conv2d_3", "layers"])
+def test_weights_with_missing_layers_are_refused(mobilenet, tmp_path, lost):
     import h5py
 
     path = tmp_path / "backbone.weights.h5"
     mobilenet.get_layer("backbone").save_weights(path)
     with h5py.File(path, "a") as stored:
-        del stored["layers/conv2d_3"]
+        del stored[lost]
     with pytest.raises(ConfigError, match="Expected weights of MobileNetV2 without its top"):
         build_classifier(MOBILENET, 2, weights_path=path)
 

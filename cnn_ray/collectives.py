@@ -1,0 +1,143 @@
+"""The workers of one training as TensorFlow sees them: a strategy, and the few things that all ranks agree on.
+
+One process is one rank and one device. With one worker the same code runs without a peer. Every collective has a time
+limit: without one, a peer that stalls but lives blocks the others for ever.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from cnn_ray import errors
+from cnn_ray.errors import CnnRayError, TrainingError
+
+_NOTE_BYTES = 2000
+
+
+class World:
+    """All ranks of a training. Every method that communicates must be called by all ranks in the same order."""
+
+    def __init__(self, timeout_s: float) -> None:
+        """Waits until all workers of TF_CONFIG are there; must come before any other TensorFlow operation."""
+        import tensorflow as tf
+
+        self.timeout_s = timeout_s
+        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout_s)
+        with self.explained():
+            self.strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        self.size: int = self.strategy.num_replicas_in_sync
+        self.rank: int = self.strategy.cluster_resolver.task_id or 0
+        # The all-reduce of a raw argument fails ("destinations can not be empty"), hence tf.identity.
+        self._sum = self._collective(lambda value: all_reduce_sum(tf.identity(value)))
+        self._gather = self._collective(
+            lambda value: tf.distribute.get_replica_context().all_gather(tf.identity(value), axis=0)
+        )
+
+    def _collective(self, body: Callable[[Any], Any]) -> Callable[[np.ndarray], np.ndarray]:
+        import tensorflow as tf
+
+        compiled = tf.function(lambda value: self.local(self.strategy.run(body, args=(value,))), reduce_retracing=True)
+
+        def call(value: np.ndarray) -> np.ndarray:
+            with self.explained():
+                return compiled(tf.constant(value, tf.float32)).numpy()
+
+        return call
+
+    def local(self, value: Any) -> Any:
+        """This rank's part of what `strategy.run` returned."""
+        return self.strategy.experimental_local_results(value)[0]
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """float32, shaped like `values`: the sums over all ranks, the same bits on each."""
+        return self._sum(np.asarray(values, np.float32))
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """float32 [ranks, K]: the values [K] of every rank. Counts beyond 2**24 would be rounded."""
+        return self._gather(np.asarray(values, np.float32).reshape(1, -1))
+
+    def max(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        return int(self.gather(np.array([value])).max())
+
+    def agree(self, error: CnnRayError | None) -> None:
+        """Nothing if no rank has an error; else every rank raises the same one, that of the lowest rank that has any.
+
+        So a rank that cannot go on does not leave the others waiting for it, and the user reads its sentence.
+
+        Raises:
+            CnnRayError: the error, in its own class.
+        """
+        note = b"" if error is None else f"{type(error).__name__}\n{error}".encode()[:_NOTE_BYTES]
+        padded = np.zeros(_NOTE_BYTES, np.uint8)
+        padded[: len(note)] = np.frombuffer(note, np.uint8)
+        for row in self.gather(padded):
+            if row.any():
+                text = row.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="ignore")
+                kind, _, message = text.partition("\n")
+                raise vars(errors)[kind](message)
+
+    def copy_from_rank_0(self, variables: list[Any]) -> None:
+        """Afterwards the variables hold rank 0's values on every rank."""
+        if self.size == 1:
+            return
+        for variable in variables:
+            mine = np.asarray(variable.numpy())
+            if mine.dtype.kind == "f":
+                variable.assign(self.sum(mine if self.rank == 0 else np.zeros_like(mine)))
+
+    def check_equal(self, variables: list[Any]) -> None:
+        """Nothing if every rank holds the same bits.
+
+        Raises:
+            TrainingError: the ranks drifted apart: a bug, and no model may come of it.
+        """
+        crc = 0
+        for variable in variables:
+            crc = zlib.crc32(np.ascontiguousarray(variable.numpy()).tobytes(), crc)
+        halves = self.gather(np.array([crc & 0xFFFF, crc >> 16]))
+        if not (halves == halves[0]).all():
+            raise TrainingError(
+                f"Expected equal weights on all {self.size} workers. Received: different ones. "
+                "Next: report this with the configuration; train with num_workers 1 until then."
+            )
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turns TensorFlow's runtime errors inside into one sentence.
+
+        Raises:
+            TrainingError: a peer did not answer in time or is gone, or memory ran out.
+        """
+        import tensorflow as tf
+
+        try:
+            yield
+        except tf.errors.ResourceExhaustedError as error:
+            raise TrainingError(
+                f"Expected the batch to fit into memory. Received: {_first_line(error)}. "
+                "Next: use a smaller batch_size, a smaller input_size_px, or more workers."
+            ) from error
+        except tf.errors.OpError as error:
+            raise TrainingError(
+                f"Expected all workers to answer within {self.timeout_s:g} s. Received: {_first_line(error)}. "
+                "Next: run the same command again; it goes on from the last checkpoint. If workers are only slow, "
+                "raise collective_timeout_s."
+            ) from error
+
+
+def all_reduce_sum(value: Any) -> Any:
+    """The sum over ranks; only inside `strategy.run`."""
+    import tensorflow as tf
+
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {text[:200]}"

@@ -1,0 +1,112 @@
+"""The jobs as a cluster runs them: a head node of our own with its job server, and `ray job submit --working-dir`."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from factories import write_images
+
+from cnn_ray import outputs
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).with_name("ray")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for_agent(address: str) -> None:
+    """Returns once a trivial job is accepted: the job server answers before the agent that runs jobs is up."""
+    request = urllib.request.Request(
+        f"{address}/api/jobs/", json.dumps({"entrypoint": "true"}).encode(), {"Content-Type": "application/json"}
+    )
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=30)
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """Address of the job server of a head node that this module alone uses; it ends with its process."""
+    work = tmp_path_factory.mktemp("ray")
+    port, dashboard = free_port(), free_port()
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4", f"--dashboard-port={dashboard}"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    log = (work / "head.log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    wait_for_agent(address)
+    yield address, environment
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def working_dir(tmp_path_factory):
+    """What a user has in the folder that is submitted: the package, the jobs, a configuration."""
+    folder = tmp_path_factory.mktemp("work")
+    for name in ("cnn_ray", "jobs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def submit(head, working_dir, *entrypoint) -> subprocess.CompletedProcess:
+    address, environment = head
+    command = [RAY, "job", "submit", "--address", address, "--working-dir", working_dir, "--", *entrypoint]
+    return subprocess.run(
+        [str(c) for c in command], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_score_job(head, working_dir, tmp_path, small_models):
+    images = write_images(tmp_path / "in", 20, bad=1)
+    (working_dir / "score.yaml").write_text(
+        f"model: small@1\nmodels_uri: {small_models}\ninput_uri: {tmp_path}/in\noutput_uri: {tmp_path}/out\n"
+        "shard_size: 8\nmax_quarantine_rate: 0.1\n"
+    )
+    command = ("python", "jobs/score.py", "--config", "score.yaml", "--date", "2026-11-23")
+    done = submit(head, working_dir, *command)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    uri = f"{tmp_path}/out/date=2026-11-23/model=small/version=1"
+    assert outputs.Partition(uri).read_manifest(1).runner == "ray"
+    assert outputs.read(uri).num_rows == 20
+    assert images.exists()
+    again = submit(head, working_dir, *command)
+    assert "Already scored" in again.stdout
+    wrong = submit(head, working_dir, *command, "--model", "small@9")
+    assert wrong.returncode != 0
+    assert re.search(r"no artifact\.json", wrong.stdout)
+
+
+def test_train_job(head, working_dir, tmp_path):
+    from cnn_ray.drawing import write_labelled
+
+    write_labelled(tmp_path / "labelled", 40, seed=1)
+    (working_dir / "train.yaml").write_text(
+        f"name: drawn\nmodels_uri: {tmp_path}/models\nruns_uri: {tmp_path}/runs\n"
+        f"data: {{uri: {tmp_path}/labelled}}\nmodel: {{architecture: simple_cnn, input_size_px: 32}}\n"
+        "train: {epochs: 1, learning_rate: 0.001}\n"
+    )
+    done = submit(head, working_dir, "python", "jobs/train.py", "--config", "train.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "Model: drawn@1" in done.stdout
+    assert (tmp_path / "models/drawn/1/artifact.json").exists()

@@ -1,0 +1,64 @@
+"""README, constraints and example configurations say what the code does."""
+
+import inspect
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+from cnn_ray import cli, errors
+from cnn_ray.config import ScoreConfig, TrainConfig, build_config, load_yaml
+from cnn_ray.records import QuarantineCode
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    return [c.strip() for c in re.split(r"[\n;]|&&", blocks) if re.match(r"\s*(\.venv/bin/)?cnn-ray ", c)]
+
+
+def test_readme_shows_commands():
+    assert len(commands()) >= 5
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_readme_exists_with_its_flags(command):
+    words = shlex.split(command)[1:]
+    current: click.Command = cli.commands
+    while words and isinstance(current, click.Group):
+        assert words[0] in current.commands, f"no command {words[0]}"
+        current = current.commands[words.pop(0)]
+    known = {flag for p in current.params for flag in p.opts}
+    assert {w for w in words if w.startswith("--")} <= known
+
+
+def test_every_exit_code_and_quarantine_code_is_in_readme():
+    codes = {k.exit_code for _, k in inspect.getmembers(errors, inspect.isclass) if issubclass(k, errors.CnnRayError)}
+    assert codes | {0} == {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    assert all(f"`{code}`" in README for code in QuarantineCode)
+
+
+def test_constraints_pin_every_dependency_and_name_no_host():
+    text = (ROOT / "constraints.txt").read_text()
+    pinned = set(re.findall(r"^([a-z0-9-]+)==", text, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split(r"[\[~<>=!; ]", requirement)[0].lower() for requirement in wanted}
+    assert names <= pinned
+    assert "://" not in text
+    assert not re.search(r"^-", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.name)
+def test_example_configurations_load(path):
+    kind = {"score": ScoreConfig, "train": TrainConfig}.get(re.split(r"[_.]", path.name)[0])
+    if kind is not None:
+        flags = {"date": "2026-11-23"} if kind is ScoreConfig else {}
+        build_config(kind, load_yaml(path), flags, source=path.name)
+    else:
+        assert path.name == "serve.yaml"  # tests/contract/test_cluster_yaml.py loads it with Ray's own schema
