@@ -283,7 +283,7 @@ def claim_version(models_uri: str, name: str) -> int:
     """The next version number of the model, now ours: two writers never get the same one.
 
     The claim is a put-if-absent of `<name>/_claims/<version>`, outside the version's folder so that a TensorFlow
-    Serving that watches the model sees only versions that are being filled. A writer that dies leaves a gap in the numbers.
+    Serving that watches the model sees only versions that are being filled. A dead writer leaves a gap in the numbers.
     """
     store = open_store(f"{models_uri.rstrip('/')}/{name}")
     taken = [int(m[1]) for key in store.keys() if (m := re.match(r"(?:_claims/)?([1-9][0-9]*)(?:/|$)", key))]

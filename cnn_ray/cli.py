@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 bug, 2 usage, 3 artifact or plan, 4 quarantine, 75 try again, 130 ^C."""
+    """Runs the command line and exits: 0 done, 1 bug, 2 usage, 3 artifact, 4 quarantine, 75 try again, 130 Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     sys.exit(_exit_code(lambda: commands.main(arguments, prog_name="cnn-ray", standalone_mode=False)))

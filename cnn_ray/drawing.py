@@ -77,7 +77,7 @@ def _canvas(seed: int, rng: random.Random, width_px: int | None, height_px: int 
     lightness = look.uniform(0.05, 0.15) if dark else look.uniform(0.7, 0.92)
     image = Image.new("RGB", size, tone(lightness, look.choice((0.1, 0.2, 0.5))))
     greys = (0.2, 0.36, 0.6, 0.9) if dark else (0.99, 0.86, 0.45, 0.18)
-    return _Canvas(image, ImageDraw.Draw(image), rng, unit, *(tone(grey, 0.1) for grey in greys), accent)
+    return _Canvas(image, ImageDraw.Draw(image), rng, unit, *(tone(grey, 0.1) for grey in greys), accent)  # pyright: ignore[reportCallIssue]
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Keras model -> published artifact: SavedModel, weights, OpenVINO IR; every engine is measured before it may answer."""
+"""Keras model -> published artifact: SavedModel, weights, OpenVINO IR; every engine is measured first."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ def compare_scores(what: str, scores: Scores, reference: Scores, truth: np.ndarr
     if not np.all(np.isfinite(scores)) or (full and difference > MAX_F32_DIFFERENCE):
         raise ArtifactError(
             f"Expected {what} to answer like Keras within {MAX_F32_DIFFERENCE}. Received: a difference of "
-            f"{difference:.3g} and {flips} other labels on {len(truth)} images. Next: report the layer that converts wrongly; "
-            "nothing was published."
+            f"{difference:.3g} and {flips} other labels on {len(truth)} images. "
+            "Next: report the layer that converts wrongly; nothing was published."
         )
     low, high = _wilson_interval(reference_accuracy, len(truth))
     allowed = full or (flips <= MAX_FLIP_RATE * len(truth) and low <= accuracy <= high)
