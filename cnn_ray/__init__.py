@@ -27,6 +27,7 @@ Models.
     export.py         Keras model -> published artifact, engines measured first
 
 Jobs.
+    ray_session.py    a connected Ray: a cluster, or a local one for this job
     dataset.py        labelled images -> split and pixels
     collectives.py    the group of workers: agree, sum, time out
     train_state.py    what a checkpoint holds

@@ -76,7 +76,7 @@ class ScoreConfig(ModelConfig):
     shard_size: Annotated[int, Field(ge=1, le=4096)] = 256
     """Images per shard: the unit of work, of retry and of output (one Parquet part each)."""
     batch_size: PositiveInt = 32
-    """Images per call of the model."""
+    """Images per call of the tensorflow engine; openvino computes one image per thread at a time."""
     max_quarantine_rate: Rate = 0.05
     """Above this share of unreadable images the run ends with exit code 4 and readers refuse it."""
     fetch_concurrency: Annotated[int, Field(ge=0)] = 0

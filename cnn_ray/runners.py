@@ -7,7 +7,6 @@ of the same threads in one plain process, where one row per image reached 0.55 o
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,6 +18,7 @@ from cnn_ray.errors import CnnRayError
 from cnn_ray.outputs import PartRecord
 from cnn_ray.plan import Shard
 from cnn_ray.predictor import cpu_count, load_predictor
+from cnn_ray.ray_session import connected
 from cnn_ray.records import QuarantineCode, RowFailure
 from cnn_ray.stages import DecodedShard, StageContext, cancel_fetches, commit_shard, fetch_decode, predict_shard
 
@@ -76,48 +76,27 @@ def run_ray(context: StageContext, shards: Sequence[Shard], config: ScoreConfig)
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError
 
-    start_ray()
-    _configure_ray_data(ray)
-    rows = [{"index": shard.index, "page": shard.page} for shard in shards]
-    dataset = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(_ReadStage(context), num_cpus=1)
-        .map(
-            _PredictStage,  # pyright: ignore[reportArgumentType]  # Ray makes one for each actor
-            fn_constructor_args=(context, config.num_threads),
-            compute=ActorPoolStrategy(size=config.num_predict_actors),
-            num_cpus=0.5,
-            num_gpus=config.num_gpus or None,
+    # One logical CPU more than cores: the stage that waits for storage must not keep the predictor from starting.
+    with connected(num_cpus=max(cpu_count(), 2) + 1):
+        _configure_ray_data(ray)
+        rows = [{"index": shard.index, "page": shard.page} for shard in shards]
+        dataset = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .map(_ReadStage(context), num_cpus=1)
+            .map(
+                _PredictStage,  # pyright: ignore[reportArgumentType]  # Ray makes one for each actor
+                fn_constructor_args=(context, config.num_threads),
+                compute=ActorPoolStrategy(size=config.num_predict_actors),
+                num_cpus=0.5,
+                num_gpus=config.num_gpus or None,
+            )
+            .map(_CommitStage(context), num_cpus=0.25)
         )
-        .map(_CommitStage(context), num_cpus=0.25)
-    )
-    try:
-        for row in dataset.iter_rows():
-            yield PartRecord.model_validate_json(row["record"])
-    except RayError as error:
-        raise unwrap(error) from None
-
-
-def start_ray() -> None:
-    """Afterwards Ray is connected: to RAY_ADDRESS, or to a local one without dashboard that this process started."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        # Ray's core complains on the driver's standard error about how Ray Data makes its own actors
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # One logical CPU more than cores: the stage that waits for storage must not keep the predictor from starting.
-        ray.init(
-            address="local",
-            num_cpus=max(cpu_count(), 2) + 1,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            for row in dataset.iter_rows():
+                yield PartRecord.model_validate_json(row["record"])
+        except RayError as error:
+            raise unwrap(error) from None
 
 
 def unwrap(error: BaseException) -> BaseException:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import http.client
 import logging
-import os
 import signal
 import socket
 import threading
@@ -23,7 +22,6 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import ray
 from ray import serve
 from ray.serve import Application
 from starlette.requests import Request
@@ -35,6 +33,7 @@ from cnn_ray.config import ServeConfig
 from cnn_ray.errors import ConfigError, UnavailableError
 from cnn_ray.images import ImageCaps, decode
 from cnn_ray.predictor import cpu_count, load_predictor
+from cnn_ray.ray_session import connected
 from cnn_ray.records import RowFailure
 
 logger = logging.getLogger(__name__)
@@ -63,6 +62,7 @@ class Endpoint:
             precision=config.precision,
             num_threads=config.num_threads,
             use_gpu=config.num_gpus > 0,
+            one_stream=True,
         )
         self._caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
         self._decoders = ThreadPoolExecutor(cpu_count() + 1, thread_name_prefix="decode")
@@ -197,42 +197,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 @contextlib.contextmanager
 def _running_app(app: Application, host: str, port: int) -> Iterator[None]:
-    own_ray = not ray.is_initialized()
-    if own_ray:
-        _start_ray()
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)  # ray.init puts one of its own there, which kills and exits 1
+    with connected(logging_level=logging.WARNING):
         _deploy(app, host, port)
         try:
             yield
         finally:
             serve.delete(APP_NAME)  # waits for the requests in flight
-    finally:
-        if own_ray:
-            ray.shutdown()  # ends a local Ray with all of Serve; leaves a cluster
-
-
-def _start_ray() -> None:
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # "token authentication is enabled"
-    roots = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
-            return
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={
-                "env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
-            },  # replicas import this cnn_ray
-        )
-    except Exception as error:  # a node that did not start is a bare Exception
-        raise UnavailableError(
-            f"Expected Ray to start. Received: {_first_line(error)} "
-            "Next: try again; the logs are in /tmp/ray/session_latest/logs."
-        ) from error
 
 
 def _deploy(app: Application, host: str, port: int) -> None:

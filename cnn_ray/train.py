@@ -24,6 +24,8 @@ from cnn_ray.config import TrainConfig
 from cnn_ray.dataset import LabelledSet, read_labelled_set
 from cnn_ray.errors import CnnRayError, ConfigError, RunInterruptedError, TrainingError
 from cnn_ray.model import check_definition
+from cnn_ray.predictor import cpu_count
+from cnn_ray.ray_session import connected
 from cnn_ray.storage import open_store
 
 if TYPE_CHECKING:
@@ -65,7 +67,12 @@ def run_training(config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> Tra
     _check_positive_label(config, labelled)
     run_name = _run_name(config, labelled)
     job = TrainJob(config, labelled, f"{config.runs_uri.rstrip('/')}/{run_name}")
-    with _ray(config) as local, _epochs(on_epoch) as progress_file:
+    # Read by Ray when it starts: 2 s otherwise, waited several times in a run.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor that waits for the cloud's notice
+    cores = max(cpu_count(), config.num_workers)
+    with connected(num_cpus=cores) as local, _epochs(on_epoch) as progress_file:
         outcome = _fit(job, run_name, progress_file, local)
     if outcome.error is not None:
         raise outcome.error
@@ -101,29 +108,6 @@ def _run_name(config: TrainConfig, labelled: LabelledSet) -> str:
     while store.exists(f"{config.name}-{digest}-{number}/{FINISHED}"):
         number += 1
     return f"{config.name}-{digest}-{number}"
-
-
-@contextmanager
-def _ray(config: TrainConfig) -> Iterator[bool]:
-    """A connected Ray inside, and whether it is a local one; one that was started for this is stopped afterwards."""
-    import ray
-
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # 2 s otherwise, waited several times in a run
-    if ray.is_initialized():
-        yield False
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor that waits for the cloud's notice
-        cores = max(len(os.sched_getaffinity(0)), config.num_workers)
-        options |= {"num_cpus": cores, "include_dashboard": False}
-    ray.init(address=address or "local", **options)
-    try:
-        yield address is None
-    finally:
-        ray.shutdown()
 
 
 def _fit(job: TrainJob, run_name: str, progress_file: Path, local: bool) -> WorkerOutcome:

@@ -172,6 +172,8 @@ def test_rows_do_not_depend_on_the_batch_or_on_other_callers(small_artifact):
     whole = loaded.predict(batch)
     assert np.array_equal(whole, loaded.predict_in_batches(batch, 1))
     assert np.array_equal(whole, loaded.predict_in_batches(batch, 7))
+    assert np.array_equal(whole, load_predictor(small_artifact, num_threads=1).predict(batch))
+    assert np.array_equal(whole, load_predictor(small_artifact, one_stream=True).predict(batch))  # as serve does
     results: dict[int, np.ndarray] = {}
 
     def call(number: int) -> None:
@@ -195,8 +197,8 @@ def test_wrong_pixels_are_refused(small_artifact):
 def test_a_broken_engine_is_refused_and_nothing_is_published(tmp_path, monkeypatch):
     honest = export.compile_openvino
 
-    def broken(*arguments):
-        compute = honest(*arguments)
+    def broken(*arguments, **options):
+        compute = honest(*arguments, **options)
         return lambda batch: compute(batch[:, ::-1])  # upside down: other features, other scores
 
     monkeypatch.setattr(export, "compile_openvino", broken)

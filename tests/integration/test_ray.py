@@ -1,5 +1,6 @@
 """The Ray runner against the local one, its oracle: equal bytes from folders and from S3, and the same errors."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,18 @@ from cnn_ray import outputs, score
 from cnn_ray.artifact import load_artifact
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ArtifactError, UnavailableError
+from cnn_ray.ray_session import connected
 from cnn_ray.runners import run_ray
 from cnn_ray.storage import open_store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module")
+def ray_session(s3_server: str) -> Iterator[None]:
+    """One local Ray for these tests, whose workers see the S3 server of the tests."""
+    with connected(num_cpus=3):
+        yield
 
 
 def config(models: str, source, output, runner: str, **changes) -> ScoreConfig:
