@@ -38,7 +38,8 @@ Jobs.
     runners.py        the stages over all shards: locally, or by Ray Data
     score.py          plan -> pending shards -> manifest
     serve.py          the Ray Serve application
-    drawing.py        labelled synthetic screenshots for the demo and the tests
+    drawing.py        labelled synthetic screenshots
+    drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
     console.py        progress and tables
     demo.py           the whole line on drawn screenshots

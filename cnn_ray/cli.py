@@ -130,7 +130,9 @@ def train(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
             f"Would train {config.model.architecture} on {len(labelled.uris)} images of {len(labelled.labels)} classes."
         )
         return None
-    result = job.run_training(config, on_epoch=lambda metrics: ui.print_epoch(metrics, _console()))
+    console = _console()
+    with ui.waiting(console, f"Training {config.model.architecture} with {config.num_workers} workers: Ray starts"):
+        result = job.run_training(config, on_epoch=lambda metrics: ui.print_epoch(metrics, console))
     click.echo(f"Model: {result.reference} in {result.artifact_uri}")
     return None
 
@@ -149,9 +151,11 @@ def serve(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
         artifact = load_artifact(config.models_uri, config.model)
         click.echo(f"Would serve {artifact.reference} at http://{config.host}:{config.port}/v1/models/{artifact.name}")
         return None
+    from cnn_ray import console as ui
     from cnn_ray.serve import run_server
 
     name = config.model.partition("@")[0]
+    ui.say(_console(), f"Starting Ray Serve for {config.model} (about 15 s)")
     run_server(config, on_ready=lambda url: click.echo(f"Ready: POST {url}/v1/models/{name}:predict (Ctrl-C ends it)"))
     return None
 

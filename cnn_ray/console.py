@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class RowProgress:
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task(self._what, total=None, note="starting")
             self._bar.start()
         return self
 
@@ -50,13 +52,22 @@ class RowProgress:
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Shows that `done` of `total` are done."""
-        if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task(self._what, total=total, note=note)
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._last_s >= LOG_EVERY_S or done == total:
             self._last_s = time.monotonic()
             self._console.print(f"{self._what}: {done}/{total} {note}".rstrip(), markup=False, highlight=False)
+
+
+@contextmanager
+def waiting(console: Console, text: str) -> Iterator[None]:
+    """Says what is waited for: a spinner on a terminal, one line elsewhere."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        say(console, text)
+        yield
 
 
 def print_table(console: Console, title: str, rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnn_ray import drawing
+from cnn_ray import drawn_files
 from cnn_ray.artifact import DESCRIPTION
 from cnn_ray.config import DataConfig, ModelDefinition, PhaseConfig, ScoreConfig, TrainConfig
-from cnn_ray.console import RowProgress, print_epoch, print_score_result, say
+from cnn_ray.console import RowProgress, print_epoch, print_score_result, say, waiting
 from cnn_ray.outputs import read
 from cnn_ray.score import ScoreResult, run_score
 
@@ -62,11 +62,11 @@ def _draw(data: Path, out: Console, console: Console) -> None:
         return
     total = TRAIN_IMAGES + UNSEEN_IMAGES
     with RowProgress("drawn", console) as bar:
-        drawing.write_labelled(data / "train", TRAIN_IMAGES, TRAIN_SEED, progress=lambda n: bar.update(n, total))
-        drawing.write_unlabelled(
+        drawn_files.write_labelled(data / "train", TRAIN_IMAGES, TRAIN_SEED, progress=lambda n: bar.update(n, total))
+        drawn_files.write_unlabelled(
             unseen, UNSEEN_IMAGES, UNSEEN_SEED, progress=lambda n: bar.update(TRAIN_IMAGES + n, total)
         )
-        for name, raw in drawing.hostile_files().items():
+        for name, raw in drawn_files.hostile_files().items():
             (unseen / name).write_bytes(raw)
     (data / "complete").touch()
 
@@ -82,7 +82,7 @@ def _train(images: Path, root: Path, out: Console, console: Console) -> None:
         model=ModelDefinition(architecture="simple_cnn", input_size_px=64),
         train=PhaseConfig(epochs=12, learning_rate=1e-3),
     )
-    with console.status("starting Ray Train (about half a minute), then 12 epochs"):
+    with waiting(console, f"Training {config.model.architecture}: Ray starts, then {config.train.epochs} epochs"):
         result = run_training(config, on_epoch=lambda metrics: print_epoch(metrics, console))
     say(out, f"Model: {result.reference} in {result.artifact_uri}")
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import cnn_ray
 from cnn_ray.artifact import Artifact, load_artifact
 from cnn_ray.config import ScoreConfig
-from cnn_ray.errors import DataError, NotFoundError, PlanError, QuarantineLimitError
+from cnn_ray.errors import ConfigError, DataError, NotFoundError, PlanError, QuarantineLimitError
 from cnn_ray.inputs import is_manifest, list_inputs
 from cnn_ray.lease import Lease
 from cnn_ray.outputs import FORMAT, Manifest, Partition, PartRecord
@@ -106,9 +106,14 @@ def dry_run(config: ScoreConfig) -> DryRun:
 
 
 def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
-    """Everything that decides the answers, with the alias and `auto` resolved."""
+    """Everything that decides the answers, with the alias and `auto` resolved.
+
+    Raises:
+        ConfigError: the model or this node lacks the engine or precision, or the output lies inside the input.
+    """
     engine, precision = choose_engine(artifact, config.engine, config.precision, use_gpu=config.num_gpus > 0)
     uri = fill_date(config.input_uri, config.date)
+    _refuse_output_in_input(uri, config.output_uri)
     return Frozen(
         input_uri=open_store(uri).uri,
         uri_column=config.uri_column,
@@ -123,6 +128,15 @@ def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
         shard_size=config.shard_size,
         limit=config.limit,
     )
+
+
+def _refuse_output_in_input(input_uri: str, output_uri: str) -> None:
+    inside, outside = (f"{open_store(uri).uri}/" for uri in (output_uri, input_uri))
+    if not is_manifest(input_uri) and inside.startswith(outside):
+        raise ConfigError(
+            f"Expected OUTPUT outside of INPUT. Received: {output_uri} inside {input_uri}, where the next run would "
+            "take results for images. Next: choose another OUTPUT."
+        )
 
 
 def _listing(config: ScoreConfig) -> Iterator[pa.Table]:

@@ -22,7 +22,7 @@ from cnn_ray.images import DecodedImage, ImageCaps, decode
 from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED, store_and_key
 from cnn_ray.outputs import Partition, PartRecord
 from cnn_ray.plan import Plan, Shard, shard_rows
-from cnn_ray.predictor import Predictor, cpu_count
+from cnn_ray.predictor import Predictor, cpu_count, keep_freed_memory
 from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema
 from cnn_ray.storage import Store, open_store
 
@@ -136,7 +136,10 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 
 
 def _fetch_pool(threads: int) -> ThreadPoolExecutor:
-    return _pools.setdefault(threads, ThreadPoolExecutor(threads, thread_name_prefix="fetch-decode"))
+    if threads not in _pools:
+        keep_freed_memory()
+        _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="fetch-decode")
+    return _pools[threads]
 
 
 def cancel_fetches() -> None:

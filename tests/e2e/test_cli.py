@@ -73,6 +73,7 @@ def test_empty_and_missing_inputs_and_unwritable_outputs(capsys, tmp_path, image
         (images, tmp_path / "file" / "out", "Expected"),
         (images, "/proc/out", "Expected"),
         (images, "ftp://host/x", "Expected"),
+        (images, images / "out", "Expected OUTPUT outside of INPUT"),
     ]:
         code, _, err = run(capsys, "score", source, output, *model)
         assert (code, message in err) == (2, True), err

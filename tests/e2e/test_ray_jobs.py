@@ -98,7 +98,7 @@ def test_score_job(head, working_dir, tmp_path, small_models):
 
 
 def test_train_job(head, working_dir, tmp_path):
-    from cnn_ray.drawing import write_labelled
+    from cnn_ray.drawn_files import write_labelled
 
     write_labelled(tmp_path / "labelled", 40, seed=1)
     (working_dir / "train.yaml").write_text(

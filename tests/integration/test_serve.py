@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from factories import LABELS, SIDE_PX, image_bytes
+from factories import LABELS, SIDE_PX, image_bytes, write_images
 
 from cnn_ray.artifact import Artifact, set_alias
-from cnn_ray.config import ServeConfig
+from cnn_ray.config import ScoreConfig, ServeConfig
 from cnn_ray.errors import ArtifactError, ConfigError
 from cnn_ray.images import DecodedImage, ImageCaps, decode
+from cnn_ray.outputs import read
 from cnn_ray.predictor import load_predictor
+from cnn_ray.score import run_score
 
 ROOT = Path(__file__).parents[2]
 START_DEADLINE_S = 240
@@ -291,3 +293,16 @@ def test_the_example_file_is_what_serve_and_cnn_ray_accept():
     assert [app.import_path for app in loaded.applications] == ["jobs.serve:build_app"]
     assert loaded.http_options.host == "127.0.0.1"
     assert ServeConfig.model_validate(loaded.applications[0].args).model == "demo@champion"
+
+
+def test_the_score_job_gives_the_same_scores(server, small_models, tmp_path):
+    source = write_images(tmp_path / "in", 12)
+    config = ScoreConfig(
+        model="small@1", models_uri=small_models, input_uri=str(source), output_uri=str(tmp_path / "o")
+    )
+    rows = read(run_score(config).partition_uri).to_pylist()
+
+    assert len(rows) == 12
+    for row in rows:
+        _, document = server.predict({"instances": [b64(Path(row["uri"]).read_bytes())]})
+        assert np.array_equal(np.float32(document["predictions"][0]["scores"]), np.float32(row["scores"]))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_ray import drawing
+from cnn_ray import drawing, drawn_files
 from cnn_ray.errors import ConfigError, DataError
 from cnn_ray.records import QuarantineCode
 
@@ -55,7 +55,7 @@ def test_unknown_label_and_format_are_refused():
 
 def test_labelled_folder_is_balanced_and_mixed(tmp_path):
     calls = []
-    folder = drawing.write_labelled(tmp_path / "new" / "set", 24, 1, progress=calls.append)
+    folder = drawn_files.write_labelled(tmp_path / "new" / "set", 24, 1, progress=calls.append)
     assert folder == tmp_path / "new" / "set"
     assert calls == list(range(1, 25))
     assert sorted(path.name for path in folder.iterdir()) == sorted(drawing.LABELS)
@@ -80,7 +80,7 @@ def stop_at(number):
     return progress
 
 
-@pytest.mark.parametrize("write", [drawing.write_labelled, drawing.write_unlabelled])
+@pytest.mark.parametrize("write", [drawn_files.write_labelled, drawn_files.write_unlabelled])
 def test_second_call_completes_an_interrupted_folder(tmp_path, write):
     whole = contents(write(tmp_path / "a" / "set", 10, 4).parent)
     with pytest.raises(Stop):
@@ -98,24 +98,24 @@ def test_interrupted_write_leaves_no_partial_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        drawing.write_labelled(tmp_path, 2, 1)
+        drawn_files.write_labelled(tmp_path, 2, 1)
     assert contents(tmp_path) == {}
 
 
 def test_unlabelled_folder_has_its_truth_outside(tmp_path):
-    folder = drawing.write_unlabelled(tmp_path / "night", 12, 2)
+    folder = drawn_files.write_unlabelled(tmp_path / "night", 12, 2)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "night-truth.csv").read_text())))
     assert [row["file"] for row in rows] == sorted(path.name for path in folder.iterdir())
     assert collections.Counter(row["label"] for row in rows) == {"legitimate": 6, "phishing": 6}
-    drawing.write_unlabelled(folder, 6, 2)  # fewer than there are: nothing is lost
+    drawn_files.write_unlabelled(folder, 6, 2)  # fewer than there are: nothing is lost
     assert len((tmp_path / "night-truth.csv").read_text().splitlines()) == 13
 
 
 def test_unlabelled_folder_of_another_seed_is_refused(tmp_path):
-    drawing.write_unlabelled(tmp_path / "night", 12, 2)
+    drawn_files.write_unlabelled(tmp_path / "night", 12, 2)
     before = contents(tmp_path)
     with pytest.raises(DataError, match="of this seed"):
-        drawing.write_unlabelled(tmp_path / "night", 12, 3)
+        drawn_files.write_unlabelled(tmp_path / "night", 12, 3)
     assert contents(tmp_path) == before
 
 
@@ -147,7 +147,7 @@ def test_colour_and_size_do_not_give_the_label_away():
 
 @pytest.fixture(scope="module")
 def hostile():
-    return drawing.hostile_files()
+    return drawn_files.hostile_files()
 
 
 def opened(hostile, name):
@@ -155,14 +155,14 @@ def opened(hostile, name):
 
 
 def test_expected_codes_are_of_the_closed_list(hostile):
-    assert set(drawing.EXPECTED_QUARANTINE) < set(hostile)
-    assert {QuarantineCode(code) for code in drawing.EXPECTED_QUARANTINE.values()}
-    assert hostile == drawing.hostile_files()
+    assert set(drawn_files.EXPECTED_QUARANTINE) < set(hostile)
+    assert {QuarantineCode(code) for code in drawn_files.EXPECTED_QUARANTINE.values()}
+    assert hostile == drawn_files.hostile_files()
 
 
 def test_bomb_is_a_valid_huge_header_in_a_small_file(hostile):
     start = time.perf_counter()
-    bomb = drawing._bomb(20_000)
+    bomb = drawn_files._bomb(20_000)
     assert time.perf_counter() - start < 1
     assert bomb == hostile["bomb.png"]
     assert struct.unpack(">II", bomb[16:24]) == (20_000, 20_000)
@@ -170,7 +170,7 @@ def test_bomb_is_a_valid_huge_header_in_a_small_file(hostile):
 
 
 def test_small_bomb_decodes_so_the_stream_is_sound():
-    small = drawing._bomb(300)
+    small = drawn_files._bomb(300)
     with Image.open(io.BytesIO(small)) as image:
         assert image.size == (300, 300)
         assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
@@ -190,7 +190,7 @@ def test_files_that_cannot_be_scored(hostile):
 
 
 def test_files_that_are_odd_but_good(hostile):
-    modes = {name: opened(hostile, name).mode for name in set(hostile) - set(drawing.EXPECTED_QUARANTINE)}
+    modes = {name: opened(hostile, name).mode for name in set(hostile) - set(drawn_files.EXPECTED_QUARANTINE)}
     assert modes == {"cmyk.jpg": "CMYK", "sixteen-bit.png": "I;16", "palette.png": "P", "animated.gif": "P"}
     assert opened(hostile, "animated.gif").n_frames == 2
     assert opened(hostile, "sixteen-bit.png").getextrema()[1] > 255
