@@ -48,9 +48,11 @@ def head(tmp_path_factory):
     """Address of the job server of a head node that this module alone uses; it ends with its process."""
     work = tmp_path_factory.mktemp("ray")
     port, dashboard = free_port(), free_port()
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    path = f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"  # jobs run the node's `python`: that of this environment
+    environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4", f"--dashboard-port={dashboard}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # by default one for all Rays of a machine
     log = (work / "head.log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
