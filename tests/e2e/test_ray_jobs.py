@@ -1,9 +1,11 @@
 """The jobs as a cluster runs them: a head node of our own with its job server, and `ray job submit --working-dir`."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +45,13 @@ def wait_for_agent(address: str) -> None:
             time.sleep(0.5)
 
 
+def descendants(pid: int) -> list[int]:
+    """All processes below this one."""
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    children = [int(child) for text in lists for child in text.split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """Address of the job server of a head node that this module alone uses; it ends with its process."""
@@ -58,8 +67,12 @@ def head(tmp_path_factory):
     address = f"http://127.0.0.1:{dashboard}"
     wait_for_agent(address)
     yield address, environment
+    family = descendants(process.pid)  # noted before: once `ray start` is gone, its daemons belong to nobody
     process.terminate()
     process.wait(60)
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
