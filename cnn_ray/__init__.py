@@ -16,6 +16,7 @@ Bytes in, bytes out.
     image_files.py    what a file is, from its first bytes
     images.py         encoded bytes -> uint8 RGB of the model's size, or a row failure
     lease.py          who works on a partition now
+    tallies.py        counts, score histogram and examples of a part; they add up
     outputs.py        commit a part, its quarantine and the manifest; read back what is committed
     inputs.py         INPUT -> sorted (uri, etag, size_bytes)
 
