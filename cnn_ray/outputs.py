@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from cnn_ray.errors import NotFoundError, PlanError, QuarantineLimitError
 from cnn_ray.plan import Plan, Shard
 from cnn_ray.records import QUARANTINE_SCHEMA
 from cnn_ray.storage import Store, open_store
+from cnn_ray.tallies import Tally, tally_of
 
 FORMAT = 1
 QUARANTINE_KEY = b"cnn_ray.quarantine"
@@ -44,19 +44,20 @@ class FileRef(BaseModel):
 
 
 class PartRecord(BaseModel):
-    """What one committed shard holds."""
+    """What one committed shard holds, and how it was made: `wait_s` and `busy_s` are seconds that the predictor waited
+    for its images and worked on them, None where the part was read back. No committed byte depends on the two."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     part: FileRef
     quarantine: FileRef | None
-    labels: dict[str, int]
-    flagged: int
-    codes: dict[str, int]
+    tally: Tally
+    wait_s: float | None = None
+    busy_s: float | None = None
 
     @property
     def rows(self) -> int:
         """Rows of the plan that this shard accounts for."""
-        return self.part.rows + (self.quarantine.rows if self.quarantine else 0)
+        return self.tally.rows
 
 
 class Manifest(BaseModel):
@@ -131,8 +132,12 @@ class Partition:
         """Names of all parts and quarantine files that are there."""
         return [key for prefix in ("part-", "_quarantine/") for key in self.store.keys(prefix)]
 
-    def commit_part(self, shard: Shard, scored: pa.Table, quarantined: pa.Table, planned_rows: int) -> PartRecord:
+    def commit_part(
+        self, shard: Shard, scored: pa.Table, quarantined: pa.Table, planned_rows: int, positive: int | None
+    ) -> PartRecord:
         """What the shard holds from now on: our part, or the one of a run that was faster.
+
+        `positive` is the index of the label that `flagged` is about, None where the model has none.
 
         Raises:
             PlanError: scored and quarantined rows do not add up to the planned ones.
@@ -144,10 +149,10 @@ class Partition:
             )
         raw = part_bytes(scored, quarantined)
         if not self.store.put_if_absent(shard.part_name, raw):
-            return self.recover_part(shard, quarantine_present=False)
-        return self._finish_part(shard, raw, scored, quarantined, quarantine_present=False)
+            return self.recover_part(shard, positive, quarantine_present=False)
+        return self._finish_part(shard, raw, scored, quarantined, positive, quarantine_present=False)
 
-    def recover_part(self, shard: Shard, *, quarantine_present: bool) -> PartRecord:
+    def recover_part(self, shard: Shard, positive: int | None, *, quarantine_present: bool) -> PartRecord:
         """What a committed part holds, read back; a missing quarantine file is written from it.
 
         Raises:
@@ -163,10 +168,17 @@ class Partition:
                 f"Expected a Parquet part in {self.store.uri_of(shard.part_name)}. Received: {error}. "
                 "Next: move the file away and run again; the shard is then scored anew."
             ) from None
-        return self._finish_part(shard, raw, scored, quarantined, quarantine_present=quarantine_present)
+        return self._finish_part(shard, raw, scored, quarantined, positive, quarantine_present=quarantine_present)
 
     def _finish_part(
-        self, shard: Shard, raw: bytes, scored: pa.Table, quarantined: pa.Table, *, quarantine_present: bool
+        self,
+        shard: Shard,
+        raw: bytes,
+        scored: pa.Table,
+        quarantined: pa.Table,
+        positive: int | None,
+        *,
+        quarantine_present: bool,
     ) -> PartRecord:
         quarantine = None
         if quarantined.num_rows:
@@ -177,9 +189,7 @@ class Partition:
         return PartRecord(
             part=_file_ref(shard.part_name, raw, scored.num_rows),
             quarantine=quarantine,
-            labels=dict(Counter(scored["label"].to_pylist())),
-            flagged=sum(scored["flagged"].to_pylist()),
-            codes=dict(Counter(quarantined["code"].to_pylist())),
+            tally=tally_of(scored, quarantined, positive),
         )
 
     def _read(self, name: str, kind: type[ModelT]) -> ModelT | None:

@@ -5,9 +5,9 @@ Run it again after anything: committed parts are never fetched again, and a fini
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,8 +26,9 @@ from cnn_ray.partitions import fill_date, partition_uri
 from cnn_ray.plan import Frozen, Plan, make_plan, page_rows, pending_shards, refuse_other_settings, shards_of
 from cnn_ray.predictor import choose_engine, cpu_count
 from cnn_ray.runners import run_local, run_ray
-from cnn_ray.stages import StageContext
+from cnn_ray.stages import StageContext, positive_index
 from cnn_ray.storage import open_store, split_uri
+from cnn_ray.tallies import Tally
 
 GENERATION = 1
 S3_FETCHES = 32
@@ -183,7 +184,7 @@ def _score_pending(
     pending = pending_shards(plan, present)
     owed = {shard.index for shard in pending}
     records = [
-        partition.recover_part(shard, quarantine_present=shard.quarantine_name in present)
+        partition.recover_part(shard, positive_index(artifact), quarantine_present=shard.quarantine_name in present)
         for shard in shards_of(plan)
         if shard.index not in owed
     ]
@@ -206,7 +207,7 @@ def _score_pending(
         rows += record.rows
         rate = (rows - resumed_rows) / (time.monotonic() - start)
         if on_progress is not None:
-            on_progress(Progress(rows, plan.planned_rows, sum(sum(r.codes.values()) for r in records), rate))
+            on_progress(Progress(rows, plan.planned_rows, sum(r.tally.quarantined for r in records), rate))
     return records, _Attempt(started_at, resumed_rows, rate)
 
 
@@ -224,8 +225,8 @@ def _manifest(
         PlanError: the parts do not add up to the plan.
     """
     records = sorted(records, key=lambda record: record.part.name)
-    scored = sum(record.part.rows for record in records)
-    quarantined = sum(record.rows for record in records) - scored
+    total = functools.reduce(Tally.plus, (record.tally for record in records), Tally())
+    scored, quarantined = total.scored, total.quarantined
     if scored + quarantined != plan.planned_rows:
         raise PlanError(
             f"Expected {plan.planned_rows} planned rows. Received: {scored} scored and {quarantined} quarantined. "
@@ -239,9 +240,9 @@ def _manifest(
         planned=plan.planned_rows,
         scored=scored,
         quarantined=quarantined,
-        flagged=sum(record.flagged for record in records),
-        labels=_total([record.labels for record in records]),
-        codes=_total([record.codes for record in records]),
+        flagged=total.flagged,
+        labels=total.labels,
+        codes=total.codes,
         parts=tuple(record.part for record in records),
         quarantine=tuple(record.quarantine for record in records if record.quarantine is not None),
         superseded_uris=(),
@@ -256,13 +257,6 @@ def _manifest(
         started_at=started_at,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _total(counts: list[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return dict(sorted(total.items()))
 
 
 def _finished_before(config: ScoreConfig, partition: Partition, frozen: Frozen, manifest: Manifest) -> ScoreResult:

@@ -104,7 +104,13 @@ def commit_shard(context: StageContext, decoded: DecodedShard, scores: NDArray[n
     rows = planned_rows(context, decoded.shard)
     scored = _scored_table(context, rows, decoded, scores)
     quarantined = _quarantine_table(rows, decoded.failures)
-    return _partition(context.partition_uri).commit_part(decoded.shard, scored, quarantined, rows.num_rows)
+    positive = positive_index(context.artifact)
+    return _partition(context.partition_uri).commit_part(decoded.shard, scored, quarantined, rows.num_rows, positive)
+
+
+def positive_index(artifact: Artifact) -> int | None:
+    """Index of the label that `flagged` is about, None where the model has none."""
+    return None if artifact.positive_label is None else artifact.labels.index(artifact.positive_label)
 
 
 def predict_shard(context: StageContext, predictor: Predictor, decoded: DecodedShard) -> NDArray[np.float32]:
@@ -206,7 +212,7 @@ def _scored_table(
 ) -> pa.Table:
     artifact, threshold = context.artifact, context.plan.frozen.threshold
     best = scores.argmax(1) if len(scores) else np.zeros(0, np.int64)
-    positive = None if artifact.positive_label is None else artifact.labels.index(artifact.positive_label)
+    positive = positive_index(artifact)
     flagged = np.zeros(len(scores), bool) if positive is None else scores[:, positive] >= np.float32(threshold)
     picked = rows.take(pa.array(decoded.position))
     extra = [field for field in rows.schema if field.name.startswith(INPUT_PREFIX)]

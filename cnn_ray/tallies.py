@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ SCORE_BINS = 20
 """Equal bins of [0, 1]; 1.0 falls into the last one."""
 TOP_ROWS = 12
 BAD_ROWS_PER_CODE = 3
+PSI_MIN_SHARE = 1e-4
 
 
 class TopRow(BaseModel):
@@ -92,6 +94,19 @@ def tally_of(scored: pa.Table, quarantined: pa.Table, positive: int | None) -> T
         top=_best([TopRow(score=float(scores[k]), **row) for k, row in zip(best, top, strict=True)]),
         bad=_examples([BadRow(**row) for row in quarantined.select(["uri", "code", "detail"]).to_pylist()]),
     )
+
+
+def psi(bins_a: Sequence[int], bins_b: Sequence[int]) -> float:
+    """Population stability index of two histograms over the same bins: sum of (b - a) ln(b / a) over their shares.
+
+    0 for equal shapes; by the usual reading from 0.1 a shift worth a look, from 0.25 another population. A share below
+    `PSI_MIN_SHARE` counts as that, so that one empty bin is no infinity; NaN where one side holds no rows at all.
+    """
+    a, b = np.asarray(bins_a, np.float64), np.asarray(bins_b, np.float64)
+    if not a.sum() or not b.sum():
+        return float("nan")
+    a, b = np.maximum(a / a.sum(), PSI_MIN_SHARE), np.maximum(b / b.sum(), PSI_MIN_SHARE)
+    return float(((b - a) * np.log(b / a)).sum())
 
 
 def _positive_scores(scored: pa.Table, positive: int | None) -> np.ndarray:

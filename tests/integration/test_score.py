@@ -188,7 +188,7 @@ def test_one_commit_must_account_for_every_planned_row(tmp_path):
 
     where = outputs.Partition(str(tmp_path))
     with pytest.raises(PlanError, match="Expected 1 rows"):
-        where.commit_part(Shard(1, 0, "p"), SCORE_SCHEMA.empty_table(), QUARANTINE_SCHEMA.empty_table(), 1)
+        where.commit_part(Shard(1, 0, "p"), SCORE_SCHEMA.empty_table(), QUARANTINE_SCHEMA.empty_table(), 1, 1)
     assert where.committed_names() == []
 
 
