@@ -15,6 +15,7 @@ Bytes in, bytes out.
     storage.py        local folders; open_store(uri)
     image_files.py    what a file is, from its first bytes
     images.py         encoded bytes -> uint8 RGB of the model's size, or a row failure
+    decoders.py       the same in child processes: a decoder that crashes costs one file
     lease.py          who works on a partition now
     tallies.py        counts, score histogram and examples of a part; they add up
     outputs.py        commit a part, its quarantine and the manifest; read back what is committed
@@ -36,7 +37,8 @@ Jobs.
     train_worker.py   what one Ray Train worker does: load, train, publish
     train.py          the Ray Train driver
     stages.py         fetch and decode -> predict -> commit, for one shard
-    runners.py        the stages over all shards: locally, or by Ray Data
+    runners.py        the stages over all shards in this process
+    ray_runner.py     the same by Ray Data over a cluster
     score.py          plan -> pending shards -> manifest
     serve.py          the Ray Serve application
     drawing.py        labelled synthetic screenshots

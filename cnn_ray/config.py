@@ -81,8 +81,8 @@ class ScoreConfig(ModelConfig):
     """Above this share of unreadable images the run ends with exit code 4 and readers refuse it."""
     fetch_concurrency: Annotated[int, Field(ge=0)] = 0
     """Threads that fetch and decode at the same time in one worker; 0 means as many as it has cores (32 for s3://)."""
-    num_predict_actors: PositiveInt = 1
-    """Ray runner: how many predictors run side by side."""
+    num_predict_actors: Annotated[int, Field(ge=0)] = 0
+    """Ray runner: how many predictors run side by side; 0 means one for each GPU share, or one a node without GPUs."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """Ray runner: GPUs for each predictor; fractions are allowed."""
     lease_s: Annotated[float, Field(ge=2)] = 60

@@ -25,7 +25,8 @@ from cnn_ray.outputs import FORMAT, Manifest, Partition, PartRecord
 from cnn_ray.partitions import fill_date, partition_uri
 from cnn_ray.plan import Frozen, Plan, make_plan, page_rows, pending_shards, refuse_other_settings, shards_of
 from cnn_ray.predictor import choose_engine, cpu_count
-from cnn_ray.runners import run_local, run_ray
+from cnn_ray.ray_runner import run_ray
+from cnn_ray.runners import run_local
 from cnn_ray.stages import StageContext, positive_index
 from cnn_ray.storage import open_store, split_uri
 from cnn_ray.tallies import Tally
@@ -198,6 +199,7 @@ def _score_pending(
         plan=plan,
         artifact=artifact,
         fetch_concurrency=config.fetch_concurrency or (S3_FETCHES if uri.startswith("s3://") else cpu_count()),
+        num_decoders=1 if wants_ray(config) else cpu_count(),  # a Ray task that reads has one CPU
         batch_size=config.batch_size,
     )
     run = run_ray if wants_ray(config) else run_local

@@ -6,33 +6,36 @@ Unreadable images travel as values; only what concerns the whole run (storage do
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from cnn_ray.artifact import Artifact
+from cnn_ray.decoders import Decoders
 from cnn_ray.errors import AccessDeniedError, ChangedError, ConfigError, NotFoundError, TooLargeError
-from cnn_ray.images import DecodedImage, ImageCaps, decode
+from cnn_ray.images import ImageCaps
 from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED, store_and_key
 from cnn_ray.outputs import Partition, PartRecord
 from cnn_ray.plan import Plan, Shard, shard_rows
-from cnn_ray.predictor import Predictor, cpu_count, keep_freed_memory
+from cnn_ray.predictor import Predictor, keep_freed_memory
 from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema
 from cnn_ray.storage import Store, open_store
 
 PROBES = 16
 """Rows tried elsewhere in the plan before a wholly denied shard is taken for bad rows and not for a bad key."""
 
-Row: TypeAlias = DecodedImage | RowFailure
-
-_decode_slots = threading.BoundedSemaphore(cpu_count())
-"""Many threads wait for storage, but only as many as there are cores hold a full-size image in memory."""
+FETCHED_BYTES = 256 * 1024**2
+"""Encoded bytes that may wait for a decoder in one process: many threads wait for storage, and files may be large."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class StageContext:
     plan: Plan
     artifact: Artifact
     fetch_concurrency: int
+    num_decoders: int
     batch_size: int
 
     @property
@@ -67,6 +71,10 @@ class DecodedShard:
     size_px: NDArray[np.int32]
     failures: dict[int, RowFailure]
 
+    def without_pixels(self) -> DecodedShard:
+        """All that a commit needs: the pixels of a shard may be 150 MB."""
+        return dataclasses.replace(self, pixels=np.empty((0,), np.uint8))
+
 
 def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
     """The shard's images, fetched and decoded with many in flight.
@@ -75,9 +83,12 @@ def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
         StorageError: storage is down, credentials are wrong, or every row of the run is denied.
     """
     rows = planned_rows(context, shard)
-    pool = _fetch_pool(context.fetch_concurrency)
-    uris, etags = rows["uri"].to_pylist(), rows["etag"].to_pylist()
-    results = list(pool.map(functools.partial(_read_image, context), uris, etags))
+    uris = rows["uri"].to_pylist()
+    height, width = context.artifact.size_px
+    pixels = np.empty((len(uris), height, width, 3), np.uint8)
+    read = functools.partial(_read_image, context, _decoders(context))
+    columns = (uris, rows["etag"].to_pylist(), rows["size_bytes"].to_pylist(), pixels)
+    results = list(_fetch_pool(context.fetch_concurrency).map(read, *columns))
     failures = {k: result for k, result in enumerate(results) if isinstance(result, RowFailure)}
     if (
         failures
@@ -85,16 +96,13 @@ def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
         and len(failures) == len(uris)
     ):
         _refuse_if_all_denied(context)
-    good = [(k, image) for k, image in enumerate(results) if isinstance(image, DecodedImage)]
-    height, width = context.artifact.size_px
-    pixels = np.empty((len(good), height, width, 3), np.uint8)
-    for row, (_, image) in enumerate(good):
-        pixels[row] = image.pixels
+    position = np.array([k for k in range(len(results)) if k not in failures], np.int32)
+    sizes = [result for result in results if not isinstance(result, RowFailure)]
     return DecodedShard(
         shard=shard,
-        pixels=pixels,
-        position=np.array([k for k, _ in good], np.int32),
-        size_px=np.array([(image.width_px, image.height_px) for _, image in good], np.int32).reshape(-1, 2),
+        pixels=pixels[position] if failures else pixels,
+        position=position,
+        size_px=np.array(sizes, np.int32).reshape(-1, 2),
         failures=failures,
     )
 
@@ -113,9 +121,21 @@ def positive_index(artifact: Artifact) -> int | None:
     return None if artifact.positive_label is None else artifact.labels.index(artifact.positive_label)
 
 
-def predict_shard(context: StageContext, predictor: Predictor, decoded: DecodedShard) -> NDArray[np.float32]:
-    """Scores float32 [K, C] of the shard's decoded images."""
-    return predictor.predict_in_batches(decoded.pixels, context.batch_size)
+class TimedPredictor:
+    """A predictor that knows how long it worked and how long it waited for its next shard, in seconds."""
+
+    def __init__(self, predictor: Predictor, batch_size: int) -> None:
+        self._predictor = predictor
+        self._batch_size = batch_size
+        self._free_since = time.monotonic()
+
+    def predict(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float, float]:
+        """Scores float32 [K, C] of a shard's images (uint8 [K, H, W, 3]), seconds waited before and worked on it."""
+        start = time.monotonic()
+        waited_s = start - self._free_since
+        scores = self._predictor.predict_in_batches(np.ascontiguousarray(pixels), self._batch_size)
+        self._free_since = time.monotonic()
+        return scores, waited_s, self._free_since - start
 
 
 def planned_rows(context: StageContext, shard: Shard) -> pa.Table:
@@ -138,28 +158,79 @@ def _store(uri: str) -> Store:
     return open_store(uri)
 
 
+_made = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
+_decoder_pools: dict[tuple[object, ...], Decoders] = {}
 
 
 def _fetch_pool(threads: int) -> ThreadPoolExecutor:
-    if threads not in _pools:
-        keep_freed_memory()
-        _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="fetch-decode")
-    return _pools[threads]
+    with _made:
+        if threads not in _pools:
+            keep_freed_memory()
+            _pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
+        return _pools[threads]
+
+
+def start_decoders(context: StageContext) -> None:
+    """The decoder processes of this run are starting; a process that forked has its own."""
+    _decoders(context)
+
+
+def _decoders(context: StageContext) -> Decoders:
+    key = (os.getpid(), context.artifact.size_px, context.caps, context.num_decoders)
+    with _made:
+        if key not in _decoder_pools:
+            _decoder_pools[key] = Decoders(context.artifact.size_px, context.caps, context.num_decoders)
+        return _decoder_pools[key]
+
+
+def end_decoders() -> None:
+    """No decoder process of this process is left."""
+    with _made:
+        mine = [key for key in _decoder_pools if key[0] == os.getpid()]
+        ended = [_decoder_pools.pop(key) for key in mine]
+    for pool in ended:
+        pool.close()
 
 
 def cancel_fetches() -> None:
     """Afterwards no image waits for a thread any more; shards in flight end with CancelledError, so Ctrl-C is quick."""
     while _pools:
         _pools.popitem()[1].shutdown(wait=False, cancel_futures=True)
+    end_decoders()
 
 
-def _read_image(context: StageContext, uri: str, etag: str) -> Row:
-    data = _fetch(context, uri, etag)
-    if isinstance(data, RowFailure):
-        return data
-    with _decode_slots:
-        return decode(data, context.artifact.size_px, context.caps)
+class _ByteBudget:
+    """Lets threads hold `most` bytes together, and any one of them more when it is alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._most)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
+
+
+_fetched = _ByteBudget(FETCHED_BYTES)
+
+
+def _read_image(
+    context: StageContext, decoders: Decoders, uri: str, etag: str, size_bytes: int, out: NDArray[np.uint8]
+) -> tuple[int, int] | RowFailure:
+    """Width and height of the image whose pixels are in `out` now, or the failure."""
+    with _fetched.holding(size_bytes):
+        data = _fetch(context, uri, etag)
+        return data if isinstance(data, RowFailure) else decoders.decode(data, out)
 
 
 def _fetch(context: StageContext, uri: str, etag: str) -> bytes | RowFailure:

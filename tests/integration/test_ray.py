@@ -11,7 +11,7 @@ from cnn_ray.artifact import load_artifact
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ArtifactError, UnavailableError
 from cnn_ray.ray_session import connected
-from cnn_ray.runners import run_ray
+from cnn_ray.ray_runner import run_ray
 from cnn_ray.storage import open_store
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -306,7 +306,8 @@ def test_a_held_lease_is_renewed(tmp_path):
 def test_dry_run_writes_nothing(tmp_path, small_models):
     source = write_images(tmp_path / "in", 20)
     plan = score.dry_run(config(small_models, source, tmp_path / "out"))
-    assert (plan.rows, plan.shards, plan.engine, plan.precision) == (20, 3, "openvino", "f32")
+    assert (plan.rows, plan.shards, plan.engine) == (20, 3, "openvino")
+    assert plan.precision in ("f32", "bf16")  # as this CPU has it
     assert not (tmp_path / "out").exists()
 
 
