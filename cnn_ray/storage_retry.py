@@ -27,9 +27,12 @@ from cnn_ray.errors import (
 )
 from cnn_ray.storage_base import changed, error_of_os
 
-ATTEMPTS = 5
+ATTEMPTS = 10
+"""Where one request in five fails, ten attempts in a row fail once in ten million requests."""
 RETRY_TOTAL_S = 60.0
-BACKOFF_BASE_S = 0.5
+"""No attempt begins later than this after the first one. The waits below add up to 20 s on average, 40 s at most, so
+the limit is for attempts that are slow themselves; an outage ends a run in a minute and a half at the latest."""
+BACKOFF_BASE_S = 0.25
 BACKOFF_MAX_S = 8.0
 
 T = TypeVar("T")

@@ -1,10 +1,8 @@
 """The scoring run on the local runner: what is written, resumed, refused. test_ray.py compares the Ray runner."""
 
 import json
-import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import duckdb
@@ -272,35 +270,6 @@ def test_a_second_run_waits_for_the_first(tmp_path, small_models):
     with Lease(open_store(partition(tmp_path / "out")), 60), pytest.raises(BusyError, match="works on it since"):
         score.run_score(settings)
     assert not score.run_score(settings).already_done  # the lease was released
-
-
-def test_a_dead_holder_is_replaced_at_once_and_a_remote_one_at_expiry(tmp_path):
-    store = open_store(str(tmp_path))
-    child = subprocess.Popen(["sleep", "0"])
-    child.wait()
-    document = {"host": socket.gethostname(), "pid": child.pid, "process": "boot:1", "since_s": 0}
-    store.put("_lease.json", json.dumps({**document, "expires_s": 4e9}).encode())
-    with Lease(store, 60):
-        pass
-    store.put("_lease.json", json.dumps({**document, "host": "elsewhere", "expires_s": 4e9}).encode())
-    with pytest.raises(BusyError, match="elsewhere"), Lease(store, 60):
-        pass
-    store.put("_lease.json", json.dumps({**document, "host": "elsewhere", "expires_s": 1}).encode())
-    with Lease(store, 60):
-        pass
-
-
-def test_a_held_lease_is_renewed(tmp_path):
-    store = open_store(str(tmp_path))
-    with Lease(store, 0.4):
-        first = json.loads(store.get("_lease.json"))["expires_s"]
-        renewed = threading.Event()
-        for _ in range(100):
-            if json.loads(store.get("_lease.json"))["expires_s"] > first:
-                renewed.set()
-                break
-            renewed.wait(0.02)
-        assert renewed.is_set()
 
 
 def test_dry_run_writes_nothing(tmp_path, small_models):
