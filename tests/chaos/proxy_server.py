@@ -213,7 +213,7 @@ class Proxy:
             keep = ("etag", "last-modified", "content-type")
             headers = [(name, value) for name, value in found.headers if name.lower() in keep]
             found = self.objects[request.path] = Answer(200, headers, found.body)
-        etag = dict((name.lower(), value) for name, value in found.headers).get("etag", "")
+        etag = {name.lower(): value for name, value in found.headers}.get("etag", "")
         if request.headers.get("if-match", etag).strip('"') not in (etag.strip('"'), "*"):
             return xml_error(412, "PreconditionFailed")
         if request.headers.get("if-none-match", "").strip('"') == etag.strip('"'):
@@ -237,7 +237,7 @@ class Proxy:
         lines = raw_head.decode("latin-1").split("\r\n")
         parsed = [(name, value.strip()) for name, _, value in (line.partition(":") for line in lines[1:] if line)]
         headers = [(name, value) for name, value in parsed if name.lower() not in ("connection", "content-length")]
-        length = dict((name.lower(), value) for name, value in parsed).get("content-length")
+        length = {name.lower(): value for name, value in parsed}.get("content-length")
         headers.append(("Content-Length", length if length and request.method == "HEAD" else str(len(body))))
         return Answer(int(lines[0].split(" ")[1]), headers, body)
 
