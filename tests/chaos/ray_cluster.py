@@ -16,7 +16,7 @@ from chaos.victims import DECODER, kill_one, named
 WORKERS = 2
 CPUS_OF_A_WORKER = 3
 STORE_BYTES = 150 * 1024**2
-USUAL_S = 20.0
+USUAL_S = 12.0
 """Kills by the clock fall into this time after the start of a run."""
 QUICK_DEATH = {
     "RAY_health_check_initial_delay_ms": "1000",

@@ -192,7 +192,8 @@ def _attempt(
         counted = proxy.counters()
         proxy.calm()
     one.codes.append(starter.code())
-    one.kills["driver"] += counted.get("tripped", 0)
+    if counted.get("tripped"):
+        one.kills["driver"] += 1
     one.injected.update(
         {f: counted.get(f"{kind}.{f}", 0) for kind in _KINDS for f in FAULTS if f"{kind}.{f}" in counted}
     )
@@ -217,9 +218,9 @@ def _watch(one: Round, attempt: Attempt, driver: int, rng: random.Random, stage:
         now = time.monotonic() - start
         decoders.update(named([driver], DECODER))
         if kills and now >= kills[0][0]:
-            victim = kills.pop(0)[1]
-            if ground.kill(victim, driver, rng):
-                one.kills[victim] += 1
+            if ground.kill(kills[0][1], driver, rng):  # else it waits for such a victim to be there
+                one.kills[kills[0][1]] += 1
+                kills.pop(0)
         if attempt.expired_s is not None:
             wanted = attempt.expired_s[0] <= now < attempt.expired_s[1]
             if wanted != expired:
