@@ -19,6 +19,7 @@ MOST_ATTEMPTS = 12
 CALM_FROM = 7
 """From this attempt on nothing is injected: a round must end, and a run in peace must succeed."""
 ALLOWED = {0, 75, -signal.SIGKILL, 130}
+KINDS = ("get", "read", "put", "list", "head", "other")
 RATES = (0.0, 0.02, 0.05, 0.1, 0.2)
 PEEK_S = 0.25
 
@@ -194,17 +195,13 @@ def _attempt(
     one.codes.append(starter.code())
     if counted.get("tripped"):
         one.kills["driver"] += 1
-    one.injected.update(
-        {f: counted.get(f"{kind}.{f}", 0) for kind in _KINDS for f in FAULTS if f"{kind}.{f}" in counted}
-    )
+    for name in FAULTS:
+        one.injected[name] += sum(counted.get(f"{kind}.{name}", 0) for kind in KINDS)
     left = wait_until_gone(decoders, 10, lambda pid: DECODER in command_of(pid))
     if left:
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         raise Violation(f"{len(left)} decoders outlived their driver by 10 s")
-
-
-_KINDS = ("get", "read", "put", "list", "head", "other")
 
 
 def _watch(one: Round, attempt: Attempt, driver: int, rng: random.Random, stage: tuple[World, Ground, str]) -> set[int]:
@@ -217,10 +214,9 @@ def _watch(one: Round, attempt: Attempt, driver: int, rng: random.Random, stage:
     while not _ended(driver):
         now = time.monotonic() - start
         decoders.update(named([driver], DECODER))
-        if kills and now >= kills[0][0]:
-            if ground.kill(kills[0][1], driver, rng):  # else it waits for such a victim to be there
-                one.kills[kills[0][1]] += 1
-                kills.pop(0)
+        # A kill whose victim is not there yet waits for it.
+        if kills and now >= kills[0][0] and ground.kill(kills[0][1], driver, rng):
+            one.kills[kills.pop(0)[1]] += 1
         if attempt.expired_s is not None:
             wanted = attempt.expired_s[0] <= now < attempt.expired_s[1]
             if wanted != expired:

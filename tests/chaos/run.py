@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--json", type=Path, help="write the rounds and the summary there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers and cluster are ended in any case
     jobs = [("local", 10), ("ray", 2)] if options.short else [(options.runner, options.rounds)]
     folder = Path(tempfile.mkdtemp(prefix="cnn_ray-chaos-"))
     world = World(folder, options.images)
