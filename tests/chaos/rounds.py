@@ -15,6 +15,8 @@ from chaos.proxy import FAULTS
 from chaos.victims import DECODER, command_of, kill_one, named
 from chaos.world import Starter, Violation, World, wait_until_gone
 
+from cnn_ray.errors import CnnRayError
+
 MOST_ATTEMPTS = 12
 CALM_FROM = 7
 """From this attempt on nothing is injected: a round must end, and a run in peace must succeed."""
@@ -66,13 +68,15 @@ class LocalGround:
 
 @dataclass
 class Attempt:
-    """What is done to one attempt. `kills` are (seconds after the start, victim)."""
+    """What is done to one attempt. `kills` are (seconds after the start, victim); in the times of `expired_s` nothing
+    is allowed, in those of `input_away` no image can be fetched (the fault is the third), while all else works."""
 
     kills: list[tuple[float, str]] = field(default_factory=list)
     trip: dict[str, Any] | None = None
     outage_after: int | None = None
     outage_ends_s: float | None = None
     expired_s: tuple[float, float] | None = None
+    input_away: tuple[float, float, str] | None = None
 
 
 @dataclass
@@ -87,6 +91,11 @@ class Round:
     injected: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     violation: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        attempts = [vars(attempt) for attempt in self.attempts[: len(self.codes)]]
+        return {**vars(self), "attempts": attempts, "kills": dict(self.kills), "injected": dict(self.injected)}
 
     def line(self) -> str:
         """One line for the log."""
@@ -141,6 +150,10 @@ def _episode(attempt: Attempt, rng: random.Random, usual_s: float, requests: int
     elif chance < 0.22:
         start = rng.uniform(0, usual_s)
         attempt.expired_s = (start, start + rng.choice([0.1, 0.3, 1e9]))
+    elif chance < 0.32:
+        start = rng.uniform(0, usual_s)
+        fault = rng.choice([name for name in FAULTS if name != "stall"])
+        attempt.input_away = (start, start + rng.choice([0.3, 1.5]), fault)
 
 
 def play(one: Round, world: World, starter: Starter, ground: Ground, folder: Path) -> Round:
@@ -163,7 +176,7 @@ def play(one: Round, world: World, starter: Starter, ground: Ground, folder: Pat
             world.check_readers(partition)
         else:
             raise Violation(f"not finished after {MOST_ATTEMPTS} attempts: {_last_words(folder)}")
-    except Violation as broken:
+    except (Violation, CnnRayError) as broken:  # the second kind is what a reader met
         one.violation = f"VIOLATION {broken}"
         world.keep_evidence(partition, folder)
     one.seconds = time.monotonic() - start
@@ -188,11 +201,14 @@ def _attempt(
     if attempt.trip is not None:
         proxy.set(trip={**attempt.trip, "pid": driver})
     try:
-        decoders = _watch(one, attempt, driver, rng, (world, ground, partition))
+        decoders = _watch(one, attempt, faults, driver, rng, (world, ground, partition))
+    except (Violation, CnnRayError):
+        os.kill(driver, signal.SIGKILL)
+        raise
     finally:
         counted = proxy.counters()
         proxy.calm()
-    one.codes.append(starter.code())
+        one.codes.append(starter.code())
     if counted.get("tripped"):
         one.kills["driver"] += 1
     for name in FAULTS:
@@ -204,13 +220,20 @@ def _attempt(
         raise Violation(f"{len(left)} decoders outlived their driver by 10 s")
 
 
-def _watch(one: Round, attempt: Attempt, driver: int, rng: random.Random, stage: tuple[World, Ground, str]) -> set[int]:
+def _watch(
+    one: Round,
+    attempt: Attempt,
+    faults: dict[str, float],
+    driver: int,
+    rng: random.Random,
+    stage: tuple[World, Ground, str],
+) -> set[int]:
     """Kills and looks until the driver has ended; the decoders that it had."""
     world, ground, partition = stage
     start, peeked = time.monotonic(), 0.0
     decoders: set[int] = set()
     kills = sorted(attempt.kills)
-    expired = False
+    expired = away = False
     while not _ended(driver):
         now = time.monotonic() - start
         decoders.update(named([driver], DECODER))
@@ -222,6 +245,11 @@ def _watch(one: Round, attempt: Attempt, driver: int, rng: random.Random, stage:
             if wanted != expired:
                 world.proxy.set(expired=wanted)
                 expired = wanted
+        if attempt.input_away is not None:
+            wanted = attempt.input_away[0] <= now < attempt.input_away[1]
+            if wanted != away:
+                world.proxy.set(faults={"all": faults, **({"get": {attempt.input_away[2]: 1.0}} if wanted else {})})
+                away = wanted
         if attempt.outage_ends_s is not None and now >= attempt.outage_ends_s and attempt.outage_after is not None:
             world.proxy.set(outage=False, outage_after=None)
             attempt.outage_after = None
@@ -229,7 +257,6 @@ def _watch(one: Round, attempt: Attempt, driver: int, rng: random.Random, stage:
             peeked = now
             world.check_readers(partition)
         if now > ground.limit_s:
-            os.kill(driver, signal.SIGKILL)
             raise Violation(f"the run did not end in {ground.limit_s:.0f} s")
         time.sleep(0.01)
     return decoders

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def main() -> int:
     summaries = [summary(runner, rounds, world) for runner, rounds in played.items()]
     say("\n".join(summaries))
     if options.json:
-        found = {runner: [asdict(one) for one in rounds] for runner, rounds in played.items()}
+        found = {runner: [one.record() for one in rounds] for runner, rounds in played.items()}
         options.json.write_text(json.dumps({"date": today(), "rounds": found, "table": summaries}, indent=1))
     if broken:
         say(f"{len(broken)} rounds broke a promise; evidence: {folder}")
