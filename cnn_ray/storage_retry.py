@@ -31,7 +31,7 @@ ATTEMPTS = 10
 """Where one request in five fails, ten attempts in a row fail once in ten million requests."""
 RETRY_TOTAL_S = 60.0
 """No attempt begins later than this after the first one. The waits below add up to 20 s on average, 40 s at most, so
-the limit is for attempts that are slow themselves; an outage ends a run in a minute and a half at the latest."""
+the limit is for slow attempts (30 s without a byte end one): an outage ends a run in two minutes."""
 BACKOFF_BASE_S = 0.25
 BACKOFF_MAX_S = 8.0
 
