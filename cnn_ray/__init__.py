@@ -36,6 +36,9 @@ Jobs.
     train_loop.py     the data-parallel epoch loop
     train_worker.py   what one Ray Train worker does: load, train, publish
     train.py          the Ray Train driver
+    comparison.py     two nights side by side: what changed, and whether it matters
+    report_page.py    the run report as HTML
+    report.py         thumbnails and the night before -> report.html
     stages.py         fetch and decode -> predict -> commit, for one shard
     runners.py        the stages over all shards in this process
     ray_runner.py     the same by Ray Data over a cluster

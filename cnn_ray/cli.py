@@ -104,10 +104,7 @@ def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
         )
         return None
     with ui.RowProgress("scored", _console()) as bar:
-        result = job.run_score(
-            config,
-            lambda p: bar.update(p.rows, p.planned, f"{p.images_per_s:.0f} images/s, {p.quarantined} quarantined"),
-        )
+        result = job.run_score(config, lambda p: bar.update(p.rows, p.planned, p.quarantined))
     ui.print_score_result(result, _console(stderr=False))
     return None
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -19,28 +24,58 @@ if TYPE_CHECKING:
     from cnn_ray.score import ScoreResult
 
 LOG_EVERY_S = 5.0
+RATE_WINDOW_S = 30.0
+
+
+class RecentRate:
+    """Rows per second of late. It begins with the first count that it is told of: rows that an earlier attempt
+    committed are not work of this one, and neither is what ran faster or slower half an hour ago."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, int]] = deque()
+
+    def add(self, now_s: float, done: int) -> None:
+        """`done` rows are done at this second of a monotonic clock."""
+        self._points.append((now_s, done))
+        while len(self._points) > 2 and self._points[1][0] <= now_s - RATE_WINDOW_S:
+            self._points.popleft()
+
+    def per_s(self, now_s: float) -> float | None:
+        """Rows per second now, None before it can be known. Shards come in bursts, so a silence as long as the longest
+        between two of them says nothing; a longer one lowers the rate."""
+        if len(self._points) < 2:
+            return None
+        (first_s, first), (last_s, last) = self._points[0], self._points[-1]
+        times = [second for second, _ in self._points]
+        pause = max(b - a for a, b in pairwise(times))
+        spent = max(last_s, now_s - pause) - first_s
+        return (last - first) / spent if spent > 0 else None
 
 
 class RowProgress:
-    """A progress bar on a terminal, a line every five seconds elsewhere (cron mails, job logs)."""
+    """A progress bar on a terminal; elsewhere (cron mails, job logs) a line every few seconds and a last one."""
 
-    def __init__(self, what: str, console: Console) -> None:
+    def __init__(self, what: str, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
         self._console = console
+        self._clock = clock
+        self._rate = RecentRate()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._last_s = 0.0
+        self._last_s = -math.inf
+        self._state: tuple[int, int, int | None] = (0, 0, None)
+        self._unsaid = False
 
     def __enter__(self) -> RowProgress:
         if self._console.is_terminal:
-            columns = (
+            self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
+                BarColumn(bar_width=None),
+                _NoteColumn(self._note),
+                console=self._console,
+                expand=True,
             )
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
-            self._task = self._bar.add_task(self._what, total=None, note="starting")
+            self._task = self._bar.add_task(self._what, total=None)
             self._bar.start()
         return self
 
@@ -49,14 +84,52 @@ class RowProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        elif self._unsaid:
+            self._say()
 
-    def update(self, done: int, total: int, note: str = "") -> None:
-        """Shows that `done` of `total` are done."""
+    def update(self, done: int, total: int, quarantined: int | None = None) -> None:
+        """Shows that `done` of `total` rows are done, those of an earlier attempt included: the first call may tell of
+        them alone, and rate and time left come from what follows."""
+        now_s = self._clock()
+        self._state = (done, total, quarantined)
+        self._rate.add(now_s, done)
+        self._unsaid = True
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, note=note)
-        elif time.monotonic() - self._last_s >= LOG_EVERY_S or done == total:
-            self._last_s = time.monotonic()
-            self._console.print(f"{self._what}: {done}/{total} {note}".rstrip(), markup=False, highlight=False)
+            self._bar.update(self._task, completed=done, total=total)
+        elif now_s - self._last_s >= LOG_EVERY_S or done == total:
+            self._say()
+
+    def _say(self) -> None:
+        self._last_s = self._clock()
+        self._unsaid = False
+        say(self._console, f"{self._what}: {self._note()}")
+
+    def _note(self) -> str:
+        """`12,800/100,000, 52 images/s, 3 quarantined, 0:27:57 left`; what is not known yet is left out."""
+        done, total, quarantined = self._state
+        if not total:
+            return "starting"
+        said = [f"{done:,}/{total:,}"]
+        rate = self._rate.per_s(self._clock())
+        if rate is not None:
+            said.append(f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.1f} images/s")
+        if quarantined is not None:
+            said.append(f"{quarantined:,} quarantined")
+        if rate and done < total:
+            said.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+        return ", ".join(said)
+
+
+class _NoteColumn(ProgressColumn):
+    """The note as it is now: drawn anew with the bar, so that the time left moves while no row comes."""
+
+    def __init__(self, note: Callable[[], str]) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._note = note
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002 - Progress asks for each task, and there is one
+        """See `ProgressColumn.render`."""
+        return Text(self._note())
 
 
 @contextmanager
@@ -102,6 +175,11 @@ def print_score_result(result: ScoreResult, console: Console) -> None:
     elif result.resumed_rows:
         say(console, f"{result.resumed_rows} rows were kept from an earlier attempt.")
     say(console, f"Parquet: {result.partition_uri}")
+
+
+def print_report(uri: str, console: Console) -> None:
+    """Afterwards the console says where the run's report lies."""
+    say(console, f"Report: {uri}")
 
 
 def print_epoch(metrics: Mapping[str, Any], console: Console) -> None:

@@ -44,7 +44,7 @@ def run_demo(folder: str, out: Console, console: Console) -> ScoreResult:
         runner="local",
     )
     with RowProgress("scored", console) as bar:
-        result = run_score(config, lambda p: bar.update(p.rows, p.planned, f"{p.images_per_s:.0f} images/s"))
+        result = run_score(config, lambda p: bar.update(p.rows, p.planned, p.quarantined))
     print_score_result(result, out)
     _say_accuracy(result.partition_uri, data / "screenshots-truth.csv", out)
     say(out, f"Done in {time.monotonic() - start:.0f} s. Next, try:")

@@ -1,0 +1,356 @@
+"""The page that a person opens: one HTML text without scripts, links or anything to load. Pure.
+
+File names, labels and details come from whoever made the screenshots: each passes `_text`, and the page's own policy
+(Content-Security-Policy) forbids scripts and the network, should one ever slip through.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from cnn_ray.comparison import Change, Night, compare, percent
+from cnn_ray.tallies import SCORE_BINS
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+MOST_TEXT = 1200
+"""Characters of one text from outside; an S3 key has at most 1,024 bytes."""
+MOST_LABELS = 20
+MOST_INTERVALS = 60
+WIDTH, HEIGHT = 400, 170
+LEFT, RIGHT, TOP, BOTTOM = 34, 394, 8, 150
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """All that a report shows.
+
+    thumbnails: uri -> JPEG bytes, or why there are none; timeline: (seconds since this attempt began, rows committed by
+    then), those of earlier attempts among them; wait_share: share of its time that the predictor waited for images.
+    """
+
+    night: Night
+    partition_uri: str
+    date: str | None = None
+    positive_label: str | None = None
+    threshold: float = 0.5
+    previous: Night | None = None
+    previous_date: str | None = None
+    thumbnails: Mapping[str, bytes | str] = field(default_factory=dict[str, "bytes | str"])
+    timeline: Sequence[tuple[float, int]] = ()
+    wait_share: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def build_report(data: ReportData) -> str:
+    """The whole page as HTML; the same data give the same text."""
+    changes = [] if data.previous is None else compare(data.previous, data.night)
+    title = f"{data.night.model}@{data.night.version}" + (f" · {data.date}" if data.date else "")
+    parts = [
+        _header(data, title),
+        _alerts(data, changes),
+        _figures(data),
+        '<div class="columns">',
+        _labels(data.night),
+        _histogram(data),
+        "</div>",
+        _gallery(data),
+        _quarantine(data.night),
+        '<div class="columns">',
+        _comparison(data, changes),
+        _throughput(data),
+        "</div>",
+        _facts(data),
+    ]
+    style = files("cnn_ray").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n'
+        f"<title>{_text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _text(value: object, most: int = MOST_TEXT) -> str:
+    """The value as HTML text. Characters that do not print, or that turn the direction of writing round, are spelled
+    out: a name such as `gpj.<U+202E>exe` must not look like another one. What is too long loses its middle."""
+    raw = str(value)
+    if len(raw) > most:
+        raw = f"{raw[: most // 2]} … {raw[-most // 2 :]}"
+    return html.escape("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in raw), quote=True)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
+
+
+def _table(head: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
+    """A table; a heading that begins with `#` stands over numbers, the rows are HTML."""
+    cells = "".join(
+        f'<th scope="col" class="number">{name[1:]}</th>' if name[:1] == "#" else f'<th scope="col">{name}</th>'
+        for name in head
+    )
+    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
+    return f'<table class="{kind}">{top}<tbody>\n' + "\n".join(rows) + "\n</tbody></table>"
+
+
+def _header(data: ReportData, title: str) -> str:
+    good = data.night.status == "complete"
+    badge = f'<span class="badge {"good" if good else "bad"}">{_text(data.night.status)}</span>'
+    return f'<header><h1>{_text(title)}</h1>{badge}<span class="uri">{_text(data.partition_uri)}</span></header>'
+
+
+def _alerts(data: ReportData, changes: list[Change]) -> str:
+    night = data.night
+    told: list[tuple[str, str]] = []
+    if night.status == "quarantine_limit":
+        limit = data.config.get("max_quarantine_rate")
+        allowed = f" Allowed are {percent(limit)}." if isinstance(limit, float) else ""
+        told.append(
+            (
+                "warning",
+                f"{night.quarantined:,} of {night.planned:,} screenshots ({percent(_share(night))}) could not be read."
+                f"{allowed} Readers refuse this run until somebody accepts it (--accept) or the files are mended.",
+            )
+        )
+    elif night.accepted:
+        told.append(("note", f"Somebody accepted this run with {percent(_share(night))} of it in quarantine."))
+    told += [(change.level, change.sentence) for change in changes if change.level == "warning"]
+    told += [(change.level, change.sentence) for change in changes if change.level == "note"]
+    if data.previous is not None and data.previous.version != night.version:
+        told.append(
+            (
+                "note",
+                f"The earlier night ({data.previous_date}) was scored by version {data.previous.version} of the model.",
+            )
+        )
+    return "\n".join(
+        f'<p class="alert {level}"><b>{level.capitalize()}:</b> {_text(sentence)}</p>' for level, sentence in told
+    )
+
+
+def _share(night: Night) -> float:
+    return night.quarantined / night.planned if night.planned else 0.0
+
+
+def _figures(data: ReportData) -> str:
+    night = data.night
+    flagged = f"{percent(night.flagged / night.scored)} of scored" if night.scored else "nothing scored"
+    figures = [
+        ("planned", night.planned, ""),
+        ("scored", night.scored, ""),
+        ("flagged", night.flagged, flagged),
+        ("quarantined", night.quarantined, f"{percent(_share(night))} of planned"),
+        ("generation", night.generation, ""),
+    ]
+    if night.removed_rows:
+        figures.append(("removed from input", night.removed_rows, ""))
+    cells = (
+        f"<div><dt>{name}</dt><dd>{count:,}{f'<small>{note}</small>' if note else ''}</dd></div>"
+        for name, count, note in figures
+    )
+    return '<dl class="figures">' + "".join(cells) + "</dl>"
+
+
+def _labels(night: Night) -> str:
+    if not night.labels:
+        return _section("Labels", '<p class="soft">Nothing was scored.</p>')
+    ordered = sorted(night.labels.items(), key=lambda pair: (-pair[1], pair[0]))
+    shown = ordered[:MOST_LABELS]
+    if rest := ordered[MOST_LABELS:]:
+        shown = [*shown, (f"{len(rest)} other labels", sum(count for _, count in rest))]
+    most = max(count for _, count in shown) or 1
+    rows = (
+        f'<tr><th scope="row">{_text(label, 100)}</th>'
+        f'<td><span class="bar" style="width:{100 * count / most:.1f}%"></span></td>'
+        f'<td class="number">{count:,}</td><td class="number">{percent(count / max(night.scored, 1))}</td></tr>'
+        for label, count in shown
+    )
+    return _section("Labels", _table(("label", "", "#rows", "#share"), rows, "bars"))
+
+
+def _histogram(data: ReportData) -> str:
+    label = data.positive_label
+    what = "Best score" if label is None else f"Score of “{_text(label, 60)}”"
+    bins, before = data.night.score_bins, data.previous.score_bins if data.previous else ()
+    if not sum(bins):
+        return _section(what, '<p class="soft">No scores to show.</p>')
+    decades = max(1, math.ceil(math.log10(max(*bins, *before, 1) + 1)))
+    wide = (RIGHT - LEFT) / SCORE_BINS
+
+    def y(count: int) -> float:
+        return BOTTOM - (BOTTOM - TOP) * math.log10(count + 1) / math.log10(10**decades + 1)
+
+    drawn = [
+        f'<rect class="column" x="{LEFT + k * wide + 1:.1f}" y="{y(n):.1f}" width="{wide - 2:.1f}" '
+        f'height="{BOTTOM - y(n):.1f}">'
+        f"<title>{k / SCORE_BINS:.2f} to {(k + 1) / SCORE_BINS:.2f}: {n:,} rows</title></rect>"
+        for k, n in enumerate(bins)
+        if n
+    ]
+    legend = '<span><i class="key"></i>this run</span>'
+    if sum(before):
+        steps = " ".join(
+            f"{LEFT + k * wide:.1f},{y(n):.1f} {LEFT + (k + 1) * wide:.1f},{y(n):.1f}" for k, n in enumerate(before)
+        )
+        drawn.append(f'<polyline class="earlier" points="{steps}"/>')
+        legend += f'<span><i class="key before"></i>{_text(data.previous_date or "before")}</span>'
+    if label is not None:
+        x = LEFT + (RIGHT - LEFT) * data.threshold
+        drawn.append(f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{BOTTOM}"/>')
+        legend += f'<span><i class="key limit"></i>threshold {data.threshold:g}</span>'
+    ticks = [(y(10**k), f"{10**k:,}" if k < 4 else f"1e{k}") for k in range(decades + 1)]
+    marks = [(LEFT + (RIGHT - LEFT) * k / 5, f"{k / 5:g}") for k in range(6)]
+    spoken = f"Histogram of scores in {SCORE_BINS} bins, rows on a logarithmic scale; {data.night.flagged} rows flagged"
+    chart = _chart(spoken, ticks, marks, drawn)
+    return _section(what, f'{chart}\n<p class="soft legend">{legend}<span>rows, logarithmic</span></p>')
+
+
+def _chart(
+    spoken: str, ticks: Iterable[tuple[float, str]], marks: Iterable[tuple[float, str]], drawn: Iterable[str]
+) -> str:
+    """An inline SVG: lines with their texts at the heights `ticks`, texts below at `marks`, and what is drawn on it."""
+    grid = [
+        f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text x="{LEFT - 4}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
+        for y, text in ticks
+    ]
+    grid.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
+    below = [f'<text x="{x:.1f}" y="{BOTTOM + 14}" text-anchor="middle">{text}</text>' for x, text in marks]
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">' + "".join(
+        [*grid, *drawn, *below, "</svg>"]
+    )
+
+
+def _gallery(data: ReportData) -> str:
+    title = "Flagged, highest scores first"
+    if data.positive_label is None:
+        return _section(title, '<p class="soft">The model has no positive label, so nothing is flagged.</p>')
+    if not data.night.top:
+        return _section(title, '<p class="soft">No screenshot reached the threshold.</p>')
+    items: list[str] = []
+    for row in data.night.top:
+        picture = data.thumbnails.get(row.uri, "no thumbnail")
+        if isinstance(picture, bytes):
+            encoded = base64.b64encode(picture).decode()
+            frame = f'<img src="data:image/jpeg;base64,{encoded}" alt="Screenshot {_text(row.uri)}">'
+        else:
+            frame = f"<span>No picture: {_text(picture, 200)}</span>"
+        items.append(
+            f'<li><div class="frame">{frame}</div><b>{row.score:.3f}</b> {_text(row.label, 100)}'
+            f'<span class="uri">{_text(row.uri)}</span></li>'
+        )
+    shown = f'<p class="soft">{len(items)} of {data.night.flagged:,} flagged screenshots.</p>'
+    return _section(title, f'{shown}\n<ul class="gallery">\n' + "\n".join(items) + "\n</ul>")
+
+
+def _quarantine(night: Night) -> str:
+    if not night.quarantined:
+        return _section("Quarantine", '<p class="soft">Every planned screenshot was scored.</p>')
+    rows: list[str] = []
+    for code, count in sorted(night.codes.items(), key=lambda pair: (-pair[1], pair[0])):
+        examples = "".join(
+            f'<li><span class="uri">{_text(bad.uri)}</span><br><span class="soft">{_text(bad.detail, 400)}</span></li>'
+            for bad in night.bad
+            if bad.code == code
+        )
+        rows.append(
+            f'<tr><th scope="row">{_text(code, 60)}</th><td class="number">{count:,}</td>'
+            f'<td><ul class="bad">{examples}</ul></td></tr>'
+        )
+    return _section("Quarantine", _table(("code", "#rows", "examples"), rows))
+
+
+def _comparison(data: ReportData, changes: list[Change]) -> str:
+    title = f"Compared with {_text(data.previous_date or 'an earlier night')}"
+    if data.previous is None:
+        title = "Comparison"
+        why = "No earlier night of this model was found." if data.date else "This run has no date to go back from."
+        return _section(title, f'<p class="soft">{why}</p>')
+    shown = changes[: 4 + MOST_LABELS]
+    rows = (
+        f'<tr class="{change.level}"><th scope="row">{_text(change.what, 120)}</th>'
+        f'<td class="number">{change.before}</td><td class="number">{change.now}</td>'
+        f'<td class="number">{change.difference}</td></tr>'
+        for change in shown
+    )
+    return _section(title, _table(("", "#before", "#this run", "#change"), rows))
+
+
+def _throughput(data: ReportData) -> str:
+    title = "Throughput"
+    waited = "" if data.wait_share is None else f"The predictor waited {data.wait_share:.0%} of its time for images. "
+    rates = _rates(data.timeline)
+    if not rates:
+        return _section(title, f'<p class="soft">{waited}Too few commits for a curve.</p>')
+    (start_s, first), (end_s, last) = data.timeline[0], data.timeline[-1]
+    spent = max(end_s - start_s, 1e-9)
+    most = _round_up(max(rate for _, _, rate in rates))
+
+    def point(seconds: float, rate: float) -> str:
+        return f"{LEFT + (RIGHT - LEFT) * (seconds - start_s) / spent:.1f},{BOTTOM - (BOTTOM - TOP) * rate / most:.1f}"
+
+    curve = " ".join(f"{point(a, rate)} {point(b, rate)}" for a, b, rate in rates)
+    drawn = [
+        f'<polygon class="area" points="{LEFT},{BOTTOM} {curve} {RIGHT},{BOTTOM}"/>',
+        f'<polyline class="curve" points="{curve}"/>',
+    ]
+    ticks = [(BOTTOM - (BOTTOM - TOP) * k / 2, f"{most * k / 2:,.4g}") for k in (0, 1, 2)]
+    marks = [(LEFT + (RIGHT - LEFT) * k / 2, _duration(spent * k / 2)) for k in (0, 1, 2)]
+    marks[2] = (RIGHT - 12, marks[2][1])
+    mean = (last - first) / spent
+    said = f"{waited}Mean {mean:,.4g} images/s over {_duration(spent)}."
+    if first:
+        said += f" {first:,} rows came from earlier attempts."
+    chart = _chart(f"Images per second over time, mean {mean:.4g}", ticks, marks, drawn)
+    return _section(f"{title}, images/s", f'{chart}\n<p class="soft">{said}</p>')
+
+
+def _rates(timeline: Sequence[tuple[float, int]]) -> list[tuple[float, float, float]]:
+    """(from second, to second, images/s): neighbouring commits together, so that there are at most MOST_INTERVALS."""
+    if len(timeline) < 2:
+        return []
+    shortest = (timeline[-1][0] - timeline[0][0]) / MOST_INTERVALS
+    rates: list[tuple[float, float, float]] = []
+    at_s, rows = timeline[0]
+    for k, (now_s, now_rows) in enumerate(timeline[1:], 2):
+        if now_s > at_s and (now_s - at_s >= shortest or k == len(timeline)):
+            rates.append((at_s, now_s, (now_rows - rows) / (now_s - at_s)))
+            at_s, rows = now_s, now_rows
+    return rates
+
+
+def _round_up(value: float) -> float:
+    """The next 1, 2, 4, 6 or 10 times a power of ten: its half is round too."""
+    power = 10 ** math.floor(math.log10(max(value, 1e-3)))
+    return next(step * power for step in (1, 2, 4, 6, 10, 20) if step * power >= value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _facts(data: ReportData) -> str:
+    night = data.night
+    facts: list[tuple[str, object]] = [
+        ("model", f"{night.model}@{night.version}"),
+        ("model digest", night.model_digest),
+        ("engine", f"{night.engine} {night.precision}"),
+        ("runner", night.runner),
+        ("started", night.started_at),
+        ("finished", night.finished_at),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in night.libraries.items())),
+    ]
+    facts += [(f"config {key}", value) for key, value in data.config.items() if value is not None]
+    rows = (f'<tr><th scope="row">{_text(name, 60)}</th><td>{_text(value, 600)}</td></tr>' for name, value in facts)
+    return _section("Run", _table((), rows, "facts"))
