@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from chaos.victims import DECODER, kill_one, named
@@ -29,6 +31,22 @@ QUICK_DEATH = {
 """A dead node is noticed in some three seconds, where Ray's own settings take fifteen."""
 
 
+@contextmanager
+def environment_of_children(environment: dict[str, str]) -> Iterator[None]:
+    """Inside, processes start with this environment. This one keeps its own: it must not meet the faults.
+
+    Ray's node puts a handler of SIGTERM in place that waits half a minute: the one from before comes back.
+    """
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        signal.signal(signal.SIGTERM, handler)
+
+
 class RayGround:
     """Drivers, tasks, actors and raylets of a cluster that this process owns."""
 
@@ -36,13 +54,14 @@ class RayGround:
     limit_s = 180.0
     kill_weights = {"driver": 0.3, "fetch": 0.2, "actor": 0.2, "raylet": 0.25, "decoder": 0.05}  # noqa: RUF012
 
-    def __init__(self) -> None:
-        """Starts the cluster; its processes inherit the environment of this one."""
-        os.environ.update(QUICK_DEATH)
+    def __init__(self, environment: dict[str, str]) -> None:
+        """Starts the cluster; its processes get the environment, which is that of the runs."""
         from ray.cluster_utils import Cluster
 
+        self._environment = environment | QUICK_DEATH
         head: dict[str, Any] = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+        with environment_of_children(self._environment):
+            self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
         self._workers: list[Any] = []
         self._dead: list[Any] = []
         self.mend()
@@ -73,7 +92,8 @@ class RayGround:
         while self._dead:
             self._cluster.remove_node(self._dead.pop(), allow_graceful=False)
         while len(self._workers) < WORKERS:
-            node = self._cluster.add_node(num_cpus=CPUS_OF_A_WORKER, object_store_memory=STORE_BYTES)
+            with environment_of_children(self._environment):
+                node = self._cluster.add_node(num_cpus=CPUS_OF_A_WORKER, object_store_memory=STORE_BYTES)
             self._workers.append(node)
 
     def close(self) -> None:

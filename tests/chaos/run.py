@@ -88,8 +88,7 @@ def play_all(runner: str, count: int, seed: int, world: World, usual_requests: d
     if runner == "ray":
         from chaos.ray_cluster import USUAL_S, RayGround
 
-        os.environ.update(environment)  # the cluster's processes inherit it
-        ground = RayGround()
+        ground = RayGround(environment)
         environment |= {"RAY_ADDRESS": ground.address}
         usual_s = USUAL_S
     else:
@@ -101,8 +100,10 @@ def play_all(runner: str, count: int, seed: int, world: World, usual_requests: d
             played.append(play(one, world, starter, ground, world.folder / f"{runner}-{number}"))
             say(f"{runner} {one.line()}")
     finally:
-        starter.close()
-        ground.close()
+        try:
+            starter.close()
+        finally:
+            ground.close()
     return played
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -153,6 +154,7 @@ class Starter:
     """The warm parent: starts runs one after the other."""
 
     def __init__(self, world: World, runner: str, environment: dict[str, str]) -> None:
+        self._running = 0
         self._process = subprocess.Popen(
             [sys.executable, str(TESTS / "chaos" / "warm_parent.py"), runner],
             stdin=subprocess.PIPE,
@@ -168,11 +170,14 @@ class Starter:
         if stream is not None:
             stream.write(json.dumps({"args": arguments, "log": str(log)}) + "\n")
             stream.flush()
-        return self._answer()["pid"]
+        self._running = self._answer()["pid"]
+        return self._running
 
     def code(self) -> int:
         """Exit code of the run that was started last, which is waited for."""
-        return self._answer()["code"]
+        code = self._answer()["code"]
+        self._running = 0
+        return code
 
     def _answer(self) -> dict[str, int]:
         line = self._process.stdout.readline() if self._process.stdout else ""
@@ -181,7 +186,9 @@ class Starter:
         return json.loads(line)
 
     def close(self) -> None:
-        """The parent is gone."""
+        """The parent is gone, and a run that was left."""
+        if self._running:
+            os.kill(self._running, signal.SIGKILL)
         if self._process.stdin:
             self._process.stdin.close()
         self._process.wait(30)
