@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -88,7 +88,10 @@ def compare(before: Night, now: Night) -> list[Change]:
     common = Counter(before.labels) | Counter(now.labels)
     for label in sorted(common, key=lambda label: (-common[label], label)):
         counts = (before.labels.get(label, 0), before.scored), (now.labels.get(label, 0), now.scored)
-        changes.append(_rate(f"label {label}", *counts, limits))
+        change = _rate(f"label {label}", *counts, limits)
+        if len(common) == 2 and label != min(common, key=lambda name: (common[name], name)):
+            change = replace(change, sentence="")  # the mirror of the rarer label's: told once
+        changes.append(change)
     return changes
 
 
@@ -137,8 +140,7 @@ def _volume(before: Night, now: Night) -> Change:
     level: Level = "warning" if apart >= 1 / (1 - VOLUME_WARNING) else "note" if apart >= 1 + VOLUME_NOTE else "same"
     sentence = ""
     if level != "same":
-        direction = "fewer" if change < 0 else "more"
-        sentence = f"{abs(change):.0%} {direction} screenshots than before: {now.planned:,} against {before.planned:,}."
+        sentence = f"{now.planned:,} screenshots were planned, {before.planned:,} before ({change:+.1%})."
     return Change("planned rows", f"{before.planned:,}", f"{now.planned:,}", f"{change:+.1%}", level, sentence)
 
 
@@ -162,5 +164,6 @@ def _rate(
     sentence = ""
     if level != "same":
         verb = "rose" if new > old else "fell"
-        sentence = f"The share of {what} {verb} from {percent(old)} to {percent(new)}, which chance does not explain."
+        of = f"of {what}" if what.startswith("label ") else what
+        sentence = f"The share {of} {verb} from {percent(old)} to {percent(new)}, more than chance explains."
     return Change(what, percent(old), percent(new), f"{(new - old) * 100:+.2f} points", level, sentence)

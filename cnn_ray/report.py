@@ -21,7 +21,7 @@ from cnn_ray.artifact import Artifact
 from cnn_ray.comparison import Night
 from cnn_ray.config import ScoreConfig
 from cnn_ray.decoders import Decoders
-from cnn_ray.errors import CnnRayError, NotFoundError, PlanError, UnavailableError
+from cnn_ray.errors import ChangedError, CnnRayError, NotFoundError, PlanError, UnavailableError
 from cnn_ray.images import ImageCaps
 from cnn_ray.inputs import is_manifest, store_and_key
 from cnn_ray.outputs import Manifest, Partition
@@ -151,6 +151,8 @@ def _thumbnails(rows: Sequence[TopRow], config: ScoreConfig) -> Mapping[str, byt
                 shown[row.uri] = "storage did not answer"
             except NotFoundError:
                 shown[row.uri] = "it is no longer there"
+            except ChangedError:
+                shown[row.uri] = "it changed after it was scored"
             except CnnRayError as error:
                 shown[row.uri] = f"it could not be fetched ({type(error).__name__})"
     finally:

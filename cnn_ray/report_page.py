@@ -21,6 +21,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 MOST_TEXT = 1200
 """Characters of one text from outside; an S3 key has at most 1,024 bytes."""
 MOST_LABELS = 20
+MOST_ALERTS = 8
 MOST_INTERVALS = 60
 WIDTH, HEIGHT = 400, 170
 LEFT, RIGHT, TOP, BOTTOM = 34, 394, 8, 150
@@ -123,18 +124,19 @@ def _alerts(data: ReportData, changes: list[Change]) -> str:
         )
     elif night.accepted:
         told.append(("note", f"Somebody accepted this run with {percent(_share(night))} of it in quarantine."))
-    told += [(change.level, change.sentence) for change in changes if change.level == "warning"]
-    told += [(change.level, change.sentence) for change in changes if change.level == "note"]
+    told += [(change.level, change.sentence) for change in changes if change.sentence]
     if data.previous is not None and data.previous.version != night.version:
         told.append(
-            (
-                "note",
-                f"The earlier night ({data.previous_date}) was scored by version {data.previous.version} of the model.",
-            )
+            ("note", f"The earlier night ({data.previous_date}) was scored by version {data.previous.version}.")
         )
-    return "\n".join(
-        f'<p class="alert {level}"><b>{level.capitalize()}:</b> {_text(sentence)}</p>' for level, sentence in told
-    )
+    boxes: list[str] = []
+    for level, name in (("warning", "Warning"), ("note", "Note")):
+        sentences = [f"<li>{_text(sentence)}</li>" for of, sentence in told if of == level]
+        if len(sentences) > MOST_ALERTS:
+            sentences[MOST_ALERTS:] = [f"<li>And {len(sentences) - MOST_ALERTS} more, see the comparison.</li>"]
+        if sentences:
+            boxes.append(f'<div class="alert {level}"><b>{name}</b><ul>{"".join(sentences)}</ul></div>')
+    return "\n".join(boxes)
 
 
 def _share(night: Night) -> float:
@@ -266,7 +268,7 @@ def _quarantine(night: Night) -> str:
             f'<tr><th scope="row">{_text(code, 60)}</th><td class="number">{count:,}</td>'
             f'<td><ul class="bad">{examples}</ul></td></tr>'
         )
-    return _section("Quarantine", _table(("code", "#rows", "examples"), rows))
+    return _section("Quarantine", _table(("code", "#rows", "examples"), rows, "codes"))
 
 
 def _comparison(data: ReportData, changes: list[Change]) -> str:

@@ -67,11 +67,16 @@ def test_lines_every_five_seconds_and_a_last_one_where_no_terminal_is():
 
 def test_the_last_line_comes_also_where_a_run_ends_early():
     console, clock = plain(), Clock()
-    with pytest.raises(KeyboardInterrupt), RowProgress("scored", console, clock) as bar:
-        bar.update(0, 100)
-        clock.now_s += 2
-        bar.update(8, 100)
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with RowProgress("scored", console, clock) as bar:
+            bar.update(0, 100)
+            clock.now_s += 2
+            bar.update(8, 100)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert printed(console) == ["scored: 0/100", "scored: 8/100, 4.0 images/s, 0:00:23 left"]
 
 
