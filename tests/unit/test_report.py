@@ -294,6 +294,8 @@ def test_the_previous_night_is_the_nearest_complete_one_of_the_same_version_firs
     put_manifest(tmp_path, "2026-11-22", 2)
     put_manifest(tmp_path, "2026-11-22", 1)
     assert found(tmp_path) == ("2026-11-22", 2, 1)
+    put_manifest(tmp_path, "2026-11-22", 4)
+    assert found(tmp_path) == ("2026-11-22", 4, 1)
     put_manifest(tmp_path, "2026-11-22", 3)
     put_manifest(tmp_path, "2026-11-22", 3, 2)
     assert found(tmp_path) == ("2026-11-22", 3, 2)
