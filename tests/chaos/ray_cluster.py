@@ -53,6 +53,7 @@ class RayGround:
     name = "ray"
     limit_s = 180.0
     kill_weights = {"driver": 0.3, "fetch": 0.2, "actor": 0.2, "raylet": 0.25, "decoder": 0.05}  # noqa: RUF012
+    first_kills = (0.05, 0.3, 0.35, 0.3)
 
     def __init__(self, environment: dict[str, str]) -> None:
         """Starts the cluster; its processes get the environment, which is that of the runs."""

@@ -22,6 +22,8 @@ CALM_FROM = 7
 """From this attempt on nothing is injected: a round must end, and a run in peace must succeed."""
 ALLOWED = {0, 75, -signal.SIGKILL, 130}
 KINDS = ("get", "read", "put", "list", "head", "other")
+LATER_KILLS = ((0.4, 0.4, 0.15, 0.05), (0.7, 0.25, 0.05, 0))
+"""Later attempts are left in peace more often, so that rounds end."""
 RATES = (0.0, 0.02, 0.05, 0.1, 0.2)
 PEEK_S = 0.25
 
@@ -32,6 +34,8 @@ class Ground(Protocol):
     name: str
     limit_s: float
     kill_weights: dict[str, float]
+    first_kills: tuple[float, ...]
+    """Weights of 0, 1, 2, 3 kills in the first attempt."""
 
     def kill(self, victim: str, driver: int, rng: random.Random) -> bool:
         """Whether there was such a victim to kill."""
@@ -52,6 +56,7 @@ class LocalGround:
     name = "local"
     limit_s = 60.0
     kill_weights = {"driver": 0.55, "decoder": 0.35, "sigterm": 0.1}  # noqa: RUF012
+    first_kills = (0.1, 0.5, 0.25, 0.15)
 
     def kill(self, victim: str, driver: int, rng: random.Random) -> bool:
         """See `Ground.kill`."""
@@ -118,7 +123,7 @@ def draw(seed: int, ground: Ground, usual_s: float, usual_requests: dict[str, in
     attempts = []
     for number in range(CALM_FROM - 1):
         attempt = Attempt()
-        for _ in range(rng.choices((0, 1, 2, 3), _how_many(number))[0]):
+        for _ in range(rng.choices((0, 1, 2, 3), (ground.first_kills, *LATER_KILLS)[min(number, len(LATER_KILLS))])[0]):
             victim = rng.choices(list(ground.kill_weights), list(ground.kill_weights.values()))[0]
             if victim == "driver" and attempt.trip is None and rng.random() < 0.6:
                 attempt.trip = _trip(rng, usual_requests)
@@ -127,11 +132,6 @@ def draw(seed: int, ground: Ground, usual_s: float, usual_requests: dict[str, in
         _episode(attempt, rng, usual_s, sum(usual_requests.values()))
         attempts.append(attempt)
     return Round(seed, faults, attempts)
-
-
-def _how_many(number: int) -> tuple[float, ...]:
-    """Weights of 0, 1, 2, 3 kills in an attempt: later ones are left in peace more often, so that rounds end."""
-    return ((0.1, 0.5, 0.25, 0.15), (0.4, 0.4, 0.15, 0.05), (0.7, 0.25, 0.05, 0))[min(number, 2)]
 
 
 def _trip(rng: random.Random, usual_requests: dict[str, int]) -> dict[str, Any]:
