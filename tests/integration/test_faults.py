@@ -99,7 +99,8 @@ def built(s3_server: str, small_models: str) -> Iterator[Stage]:
     with FaultProxy(s3_server, input_path="/faults/in/") as proxy:
         stage = Stage(proxy, small_models)
         output = stage.output()
-        assert stage.run(output)[0] == 0
+        code, said = stage.run(output)
+        assert code == 0, said
         stage.reference = committed(output)
         yield stage
 
