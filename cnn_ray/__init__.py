@@ -37,6 +37,7 @@ Jobs.
     train_worker.py   what one Ray Train worker does: load, train, publish
     train.py          the Ray Train driver
     comparison.py     two nights side by side: what changed, and whether it matters
+    charts.py         histogram and throughput as inline SVG
     report_page.py    the run report as HTML
     report.py         thumbnails and the night before -> report.html
     stages.py         fetch and decode -> predict -> commit, for one shard

@@ -42,8 +42,8 @@ class Night(BaseModel):
     score_bins: tuple[int, ...] = (0,) * SCORE_BINS
     top: tuple[TopRow, ...] = ()
     bad: tuple[BadRow, ...] = ()
-    removed: int | tuple[str, ...] = 0
-    accepted: bool = False
+    removed: int = 0
+    accepted: int = 0
     model_digest: str = ""
     engine: str = ""
     precision: str = ""
@@ -52,11 +52,6 @@ class Night(BaseModel):
     config: dict[str, Any] = {}
     started_at: str = ""
     finished_at: str = ""
-
-    @property
-    def removed_rows(self) -> int:
-        """Objects that earlier generations scored and that are no longer in the input."""
-        return self.removed if isinstance(self.removed, int) else len(self.removed)
 
 
 @dataclass(frozen=True, slots=True)

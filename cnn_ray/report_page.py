@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
+from cnn_ray import charts
 from cnn_ray.comparison import Change, Night, compare, percent
-from cnn_ray.tallies import SCORE_BINS
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 MOST_TEXT = 1200
 """Characters of one text from outside; an S3 key has at most 1,024 bytes."""
 MOST_LABELS = 20
 MOST_ALERTS = 8
-MOST_INTERVALS = 60
-WIDTH, HEIGHT = 400, 170
-LEFT, RIGHT, TOP, BOTTOM = 34, 394, 8, 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +119,7 @@ def _alerts(data: ReportData, changes: list[Change]) -> str:
             )
         )
     elif night.accepted:
-        told.append(("note", f"Somebody accepted this run with {percent(_share(night))} of it in quarantine."))
+        told.append(("note", f"Somebody accepted {night.accepted:,} unreadable screenshots of this run as they are."))
     told += [(change.level, change.sentence) for change in changes if change.sentence]
     if data.previous is not None and data.previous.version != night.version:
         told.append(
@@ -153,8 +149,8 @@ def _figures(data: ReportData) -> str:
         ("quarantined", night.quarantined, f"{percent(_share(night))} of planned"),
         ("generation", night.generation, ""),
     ]
-    if night.removed_rows:
-        figures.append(("removed from input", night.removed_rows, ""))
+    if night.removed:
+        figures.append(("removed", night.removed, "no longer in the input"))
     cells = (
         f"<div><dt>{name}</dt><dd>{count:,}{f'<small>{note}</small>' if note else ''}</dd></div>"
         for name, count, note in figures
@@ -181,55 +177,17 @@ def _labels(night: Night) -> str:
 
 def _histogram(data: ReportData) -> str:
     label = data.positive_label
-    what = "Best score" if label is None else f"Score of “{_text(label, 60)}”"
+    title = "Best score" if label is None else f"Score of “{_text(label, 60)}”"
     bins, before = data.night.score_bins, data.previous.score_bins if data.previous else ()
     if not sum(bins):
-        return _section(what, '<p class="soft">No scores to show.</p>')
-    decades = max(1, math.ceil(math.log10(max(*bins, *before, 1) + 1)))
-    wide = (RIGHT - LEFT) / SCORE_BINS
-
-    def y(count: int) -> float:
-        return BOTTOM - (BOTTOM - TOP) * math.log10(count + 1) / math.log10(10**decades + 1)
-
-    drawn = [
-        f'<rect class="column" x="{LEFT + k * wide + 1:.1f}" y="{y(n):.1f}" width="{wide - 2:.1f}" '
-        f'height="{BOTTOM - y(n):.1f}">'
-        f"<title>{k / SCORE_BINS:.2f} to {(k + 1) / SCORE_BINS:.2f}: {n:,} rows</title></rect>"
-        for k, n in enumerate(bins)
-        if n
-    ]
+        return _section(title, '<p class="soft">No scores to show.</p>')
     legend = '<span><i class="key"></i>this run</span>'
     if sum(before):
-        steps = " ".join(
-            f"{LEFT + k * wide:.1f},{y(n):.1f} {LEFT + (k + 1) * wide:.1f},{y(n):.1f}" for k, n in enumerate(before)
-        )
-        drawn.append(f'<polyline class="earlier" points="{steps}"/>')
         legend += f'<span><i class="key before"></i>{_text(data.previous_date or "before")}</span>'
     if label is not None:
-        x = LEFT + (RIGHT - LEFT) * data.threshold
-        drawn.append(f'<line class="threshold" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{BOTTOM}"/>')
         legend += f'<span><i class="key limit"></i>threshold {data.threshold:g}</span>'
-    ticks = [(y(10**k), f"{10**k:,}" if k < 4 else f"1e{k}") for k in range(decades + 1)]
-    marks = [(LEFT + (RIGHT - LEFT) * k / 5, f"{k / 5:g}") for k in range(6)]
-    spoken = f"Histogram of scores in {SCORE_BINS} bins, rows on a logarithmic scale; {data.night.flagged} rows flagged"
-    chart = _chart(spoken, ticks, marks, drawn)
-    return _section(what, f'{chart}\n<p class="soft legend">{legend}<span>rows, logarithmic</span></p>')
-
-
-def _chart(
-    spoken: str, ticks: Iterable[tuple[float, str]], marks: Iterable[tuple[float, str]], drawn: Iterable[str]
-) -> str:
-    """An inline SVG: lines with their texts at the heights `ticks`, texts below at `marks`, and what is drawn on it."""
-    grid = [
-        f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{LEFT - 4}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
-        for y, text in ticks
-    ]
-    grid.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
-    below = [f'<text x="{x:.1f}" y="{BOTTOM + 14}" text-anchor="middle">{text}</text>' for x, text in marks]
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">' + "".join(
-        [*grid, *drawn, *below, "</svg>"]
-    )
+    chart = charts.histogram(bins, before, None if label is None else data.threshold)
+    return _section(title, f'{chart}\n<p class="soft legend">{legend}<span>rows, logarithmic</span></p>')
 
 
 def _gallery(data: ReportData) -> str:
@@ -288,58 +246,16 @@ def _comparison(data: ReportData, changes: list[Change]) -> str:
 
 
 def _throughput(data: ReportData) -> str:
-    title = "Throughput"
     waited = "" if data.wait_share is None else f"The predictor waited {data.wait_share:.0%} of its time for images. "
-    rates = _rates(data.timeline)
-    if not rates:
-        return _section(title, f'<p class="soft">{waited}Too few commits for a curve.</p>')
+    chart = charts.throughput(data.timeline)
+    if chart is None:
+        return _section("Throughput", f'<p class="soft">{waited}Too few commits for a curve.</p>')
     (start_s, first), (end_s, last) = data.timeline[0], data.timeline[-1]
-    spent = max(end_s - start_s, 1e-9)
-    most = _round_up(max(rate for _, _, rate in rates))
-
-    def point(seconds: float, rate: float) -> str:
-        return f"{LEFT + (RIGHT - LEFT) * (seconds - start_s) / spent:.1f},{BOTTOM - (BOTTOM - TOP) * rate / most:.1f}"
-
-    curve = " ".join(f"{point(a, rate)} {point(b, rate)}" for a, b, rate in rates)
-    drawn = [
-        f'<polygon class="area" points="{LEFT},{BOTTOM} {curve} {RIGHT},{BOTTOM}"/>',
-        f'<polyline class="curve" points="{curve}"/>',
-    ]
-    ticks = [(BOTTOM - (BOTTOM - TOP) * k / 2, f"{most * k / 2:,.4g}") for k in (0, 1, 2)]
-    marks = [(LEFT + (RIGHT - LEFT) * k / 2, _duration(spent * k / 2)) for k in (0, 1, 2)]
-    marks[2] = (RIGHT - 12, marks[2][1])
-    mean = (last - first) / spent
-    said = f"{waited}Mean {mean:,.4g} images/s over {_duration(spent)}."
+    spent_s = end_s - start_s
+    said = f"{waited}Mean {(last - first) / spent_s:,.4g} images/s over {charts.duration(spent_s)}."
     if first:
         said += f" {first:,} rows came from earlier attempts."
-    chart = _chart(f"Images per second over time, mean {mean:.4g}", ticks, marks, drawn)
-    return _section(f"{title}, images/s", f'{chart}\n<p class="soft">{said}</p>')
-
-
-def _rates(timeline: Sequence[tuple[float, int]]) -> list[tuple[float, float, float]]:
-    """(from second, to second, images/s): neighbouring commits together, so that there are at most MOST_INTERVALS."""
-    if len(timeline) < 2:
-        return []
-    shortest = (timeline[-1][0] - timeline[0][0]) / MOST_INTERVALS
-    rates: list[tuple[float, float, float]] = []
-    at_s, rows = timeline[0]
-    for k, (now_s, now_rows) in enumerate(timeline[1:], 2):
-        if now_s > at_s and (now_s - at_s >= shortest or k == len(timeline)):
-            rates.append((at_s, now_s, (now_rows - rows) / (now_s - at_s)))
-            at_s, rows = now_s, now_rows
-    return rates
-
-
-def _round_up(value: float) -> float:
-    """The next 1, 2, 4, 6 or 10 times a power of ten: its half is round too."""
-    power = 10 ** math.floor(math.log10(max(value, 1e-3)))
-    return next(step * power for step in (1, 2, 4, 6, 10, 20) if step * power >= value)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return _section("Throughput, images/s", f'{chart}\n<p class="soft">{said}</p>')
 
 
 def _facts(data: ReportData) -> str:

@@ -12,12 +12,12 @@ from factories import image_bytes, write_images
 from PIL import Image
 
 from cnn_ray import report
+from cnn_ray.charts import commit_rates
 from cnn_ray.comparison import Night, chance_psi, compare, percent
 from cnn_ray.config import ScoreConfig
 from cnn_ray.outputs import Manifest, Partition
 from cnn_ray.partitions import partition_uri
 from cnn_ray.report import ReportData, build_report, previous_night, write_report
-from cnn_ray.report_page import _rates
 from cnn_ray.storage import open_store
 from cnn_ray.tallies import SCORE_BINS, TOP_ROWS, BadRow, TopRow
 
@@ -181,6 +181,12 @@ def test_a_run_over_the_quarantine_limit_says_so_in_words():
     assert "Readers refuse this run" in page.text
 
 
+def test_accepted_and_removed_rows_are_told():
+    page = Page(build_report(data(night=night(accepted=7, removed=12))))
+    assert "Somebody accepted 7 unreadable screenshots of this run as they are." in page.texts
+    assert "no longer in the input" in page.texts
+
+
 def test_an_equal_night_is_no_news():
     assert set(levels(night(), night()).values()) == {"same"}
     assert not [change.sentence for change in compare(night(), night()) if change.sentence]
@@ -246,11 +252,18 @@ def test_shares_for_people():
     assert [percent(share) for share in (0, 0.5, 0.0123, 0.00042)] == ["0.0%", "50.0%", "1.23%", "0.0420%"]
 
 
+def test_commits_at_one_moment_make_no_curve_and_no_error():
+    page = Page(build_report(data(timeline=[(3.0, 0), (3.0, 256), (3.0, 512)])))
+    assert "Too few commits for a curve." in page.texts
+    page = Page(build_report(data(timeline=[(0.0, 512), (9.0, 512)])))
+    assert "Mean 0 images/s over 9 s. 512 rows came from earlier attempts." in page.texts
+
+
 def test_throughput_is_the_rate_between_commits_and_bounded():
-    assert _rates([(0, 0)]) == []
-    assert _rates([(0, 1000), (10, 1500), (20, 1600)]) == [(0, 10, 50), (10, 20, 10)]
+    assert commit_rates([(0, 0)]) == []
+    assert commit_rates([(0, 1000), (10, 1500), (20, 1600)]) == [(0, 10, 50), (10, 20, 10)]
     many = [(float(k), 100 * k) for k in range(100_000)]
-    rates = _rates(many)
+    rates = commit_rates(many)
     assert 50 <= len(rates) <= 61
     assert sum((b - a) * rate for a, b, rate in rates) == pytest.approx(100 * 99_999)
 
@@ -258,24 +271,16 @@ def test_throughput_is_the_rate_between_commits_and_bounded():
 # ---- what is gathered
 
 
-class FullManifest(Manifest):
-    """A manifest with what the gallery is made of."""
-
-    score_bins: tuple[int, ...] = BINS
-    top: tuple[TopRow, ...] = ()
-    bad: tuple[BadRow, ...] = ()
-
-
-def manifest_fields(**changed):
-    facts = night().model_dump(include=set(Manifest.model_fields))
-    files = {"parts": (), "quarantine": (), "superseded_uris": (), "format": 1}
+def manifest(**changed) -> Manifest:
+    files = {"parts": (), "quarantine": (), "superseded": (), "generations": (), "format": 2}
     strings = dict.fromkeys(("model_digest", "engine", "precision", "runner", "started_at", "finished_at"), "x")
-    return {**facts, **files, **strings, "config": {"model": "shots@3"}, "libraries": {}, **changed}
+    model = {"label_names": ("legitimate", "phishing"), "positive_label": "phishing", "threshold": 0.5}
+    return Manifest(**{**night().model_dump(), **files, **strings, **model, "config": {"model": "shots@3"}, **changed})
 
 
 def put_manifest(out: Path, day: str, version: int, generation: int = 1, **changed) -> None:
     partition = Partition(partition_uri(str(out), date.fromisoformat(day), "shots", version))
-    partition.write_manifest(Manifest(**manifest_fields(version=version, generation=generation, **changed)))
+    partition.write_manifest(manifest(version=version, generation=generation, **changed))
 
 
 def found(out: Path, day: str = "2026-11-24", version: int = 3):
@@ -311,13 +316,13 @@ def test_a_manifest_that_cannot_be_read_is_passed_over(tmp_path, caplog):
     assert "_manifest-g0001.json" in caplog.text
 
 
-def run_of(tmp_path: Path, rows: int) -> tuple[ScoreConfig, FullManifest, Partition]:
+def run_of(tmp_path: Path, rows: int) -> tuple[ScoreConfig, Manifest, Partition]:
     images = write_images(tmp_path / "in", rows)
     (images / "wide.png").write_bytes(image_bytes(99, (1600, 400)))
     listed = [row for table in open_store(str(images)).list() for row in table.to_pylist()]
     top = tuple(TopRow(uri=row["uri"], etag=row["etag"], label="phishing", score=0.9) for row in listed)
     config = ScoreConfig(model="shots@3", input_uri=str(images), output_uri=str(tmp_path / "out"))
-    full = FullManifest(**manifest_fields(), top=top)
+    full = manifest(top=top)
     return config, full, Partition(partition_uri(str(tmp_path / "out"), None, "shots", 3))
 
 
