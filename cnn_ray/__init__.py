@@ -18,8 +18,10 @@ Bytes in, bytes out.
     decoders.py       the same in child processes: a decoder that crashes costs one file
     lease.py          who works on a partition now
     tallies.py        counts, score histogram and examples of a part; they add up
+    sorted_rows.py    streams of tables sorted by uri, walked in step
     outputs.py        commit a part, its quarantine and the manifest; read back what is committed
     inputs.py         INPUT -> sorted (uri, etag, size_bytes)
+    generations.py    what a finished partition owes to its input as it is now; what that supersedes
 
 Models.
     architectures.py  table: name -> builder, size, preprocessing

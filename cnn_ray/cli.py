@@ -99,9 +99,11 @@ def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
     if dry_run:
         plan = job.dry_run(config)
         click.echo(
-            f"Would score {plan.rows} objects ({plan.bytes / 1e6:.1f} MB) in {plan.shards} shards with "
-            f"{plan.engine} {plan.precision} into {plan.partition_uri}"
+            f"Would {'finish' if plan.resumes else 'score'} {plan.rows} objects ({plan.bytes / 1e6:.1f} MB) in "
+            f"{plan.shards} shards with {plan.engine} {plan.precision} into {plan.partition_uri}"
         )
+        if plan.generation > 1 and not plan.resumes:
+            click.echo(f"Generation {plan.generation}: {ui.describe_changes(plan.changes)}.")
         return None
     with ui.RowProgress("scored", _console()) as bar:
         result = job.run_score(config, lambda p: bar.update(p.rows, p.planned, p.quarantined))

@@ -79,6 +79,10 @@ class ScoreConfig(ModelConfig):
     """Images per call of the tensorflow engine; openvino computes one image per thread at a time."""
     max_quarantine_rate: Rate = 0.05
     """Above this share of unreadable images the run ends with exit code 4 and readers refuse it."""
+    accept: bool = False
+    """Take the unreadable images of this run as they are, however many; later runs judge only what comes on top."""
+    retry_quarantined: bool = False
+    """Try the quarantined images once more, as they are in the input now."""
     fetch_concurrency: Annotated[int, Field(ge=0)] = 0
     """Threads that fetch and decode at the same time in one worker; 0 means as many as it has cores (32 for s3://)."""
     num_predict_actors: Annotated[int, Field(ge=0)] = 0

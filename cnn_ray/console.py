@@ -21,6 +21,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from cnn_ray.generations import Changes
     from cnn_ray.score import ScoreResult
 
 LOG_EVERY_S = 5.0
@@ -158,6 +159,12 @@ def say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def describe_changes(changes: Changes) -> str:
+    """`3 new, 1 changed and 0 retried objects; 2 removed ones keep their rows`."""
+    said = f"{changes.new} new, {changes.changed} changed and {changes.retried} retried objects"
+    return said + (f"; {changes.removed} removed ones keep their rows" if changes.removed else "")
+
+
 def print_score_result(result: ScoreResult, console: Console) -> None:
     """Afterwards the run's table is on the console, and where its Parquet lies."""
     manifest = result.manifest
@@ -170,10 +177,12 @@ def print_score_result(result: ScoreResult, console: Console) -> None:
     print_table(console, f"{manifest.model}@{manifest.version}, {manifest.engine} {manifest.precision}", rows)
     if result.already_done:
         say(console, "Already scored: nothing was left to do.")
-        if result.unplanned:
-            say(console, f"{result.unplanned} new or changed objects are in the input; score them into another OUTPUT.")
+        if result.changes.removed:
+            say(console, f"{result.changes.removed} recorded objects are no longer in the input; their rows stay.")
     elif result.resumed_rows:
         say(console, f"{result.resumed_rows} rows were kept from an earlier attempt.")
+    elif manifest.generation > 1:
+        say(console, f"Generation {manifest.generation}: {describe_changes(result.changes)}.")
     say(console, f"Parquet: {result.partition_uri}")
 
 

@@ -7,6 +7,9 @@
 The part is the one commit point of a shard. It carries the shard's quarantined rows in its Parquet metadata, and the
 quarantine file is derived from it: a process that dies between the two leaves nothing that could contradict itself, and
 the next run writes the missing file from the part. The manifest comes last; readers trust nothing without it.
+
+Generations: a row of generation g is live where its uri is in no `_superseded` file of a later one. Files are never
+changed, so a reader of an older manifest goes on seeing what it vouches for.
 """
 
 from __future__ import annotations
@@ -14,23 +17,33 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cnn_ray.errors import NotFoundError, PlanError, QuarantineLimitError
 from cnn_ray.plan import Plan, Shard
-from cnn_ray.records import QUARANTINE_SCHEMA
+from cnn_ray.records import QUARANTINE_SCHEMA, SCORE_SCHEMA
+from cnn_ray.sorted_rows import among, in_step
 from cnn_ray.storage import Store, open_store
-from cnn_ray.tallies import Tally, tally_of
+from cnn_ray.tallies import BadRow, Tally, TopRow, tally_of
 
-FORMAT = 1
+FORMAT = 2
+SUPERSEDED_ROWS = 262_144
+"""Uris in one `_superseded` file: writer and reader hold one of them at a time."""
+READ_AHEAD = 4
 QUARANTINE_KEY = b"cnn_ray.quarantine"
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class FileRef(BaseModel):
@@ -41,6 +54,11 @@ class FileRef(BaseModel):
     rows: int
     size_bytes: int
     sha256: str
+
+    @property
+    def generation(self) -> int:
+        """The generation that wrote it, as its name says."""
+        return int(self.name.partition("-g")[2][:4])
 
 
 class PartRecord(BaseModel):
@@ -60,8 +78,30 @@ class PartRecord(BaseModel):
         return self.tally.rows
 
 
+class GenerationRecord(BaseModel):
+    """What one generation did. `superseded` of its rows replace older ones; `images_per_s` and the predictor's seconds
+    are those of the attempt that finished it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    generation: int
+    planned: int
+    scored: int
+    quarantined: int
+    superseded: int
+    removed: int
+    retry: bool
+    parts: int
+    started_at: str
+    finished_at: str
+    images_per_s: float
+    wait_s: float
+    busy_s: float
+
+
 class Manifest(BaseModel):
-    """The last word on one generation. `live` counts and files are what readers see."""
+    """The last word on one generation. Counts and files are those of all live rows, of this and of earlier generations:
+    what readers see. `removed` live rows are of objects that the input no longer had; `accepted` quarantined rows were
+    taken as they are by somebody, and only what comes on top is judged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: int
@@ -73,12 +113,21 @@ class Manifest(BaseModel):
     flagged: int
     labels: dict[str, int]
     codes: dict[str, int]
+    score_bins: tuple[int, ...]
+    top: tuple[TopRow, ...]
+    bad: tuple[BadRow, ...]
+    removed: int
+    accepted: int
     parts: tuple[FileRef, ...]
     quarantine: tuple[FileRef, ...]
-    superseded_uris: tuple[str, ...]
+    superseded: tuple[FileRef, ...]
+    generations: tuple[GenerationRecord, ...]
     model: str
     version: int
     model_digest: str
+    label_names: tuple[str, ...]
+    positive_label: str | None
+    threshold: float
     engine: str
     precision: str
     runner: str
@@ -86,6 +135,11 @@ class Manifest(BaseModel):
     libraries: dict[str, str]
     started_at: str
     finished_at: str
+
+    @property
+    def tally(self) -> Tally:
+        """The live totals."""
+        return Tally.model_validate(self.model_dump(include=set(Tally.model_fields)))
 
 
 class Partition:
@@ -128,9 +182,36 @@ class Partition:
         names = [key for key in self.store.keys("_manifest-g") if key.endswith(".json")]
         return self._read(max(names), Manifest) if names else None
 
-    def committed_names(self) -> list[str]:
-        """Names of all parts and quarantine files that are there."""
-        return [key for prefix in ("part-", "_quarantine/") for key in self.store.keys(prefix)]
+    def manifest_digest(self, generation: int) -> str:
+        """SHA-256 of the manifest's bytes."""
+        return hashlib.sha256(self.store.get(f"_manifest-g{generation:04d}.json")).hexdigest()
+
+    def committed_names(self, generation: int) -> list[str]:
+        """Names of all parts and quarantine files of a generation that are there."""
+        kinds = ("part", "_quarantine/quarantine")
+        return [key for kind in kinds for key in self.store.keys(f"{kind}-g{generation:04d}-")]
+
+    def write_superseded(self, generation: int, pieces: Iterable[pa.Table]) -> tuple[FileRef, ...]:
+        """The generation's files of superseded uris: ours, or the equal ones of a run that was faster.
+
+        `pieces` are sorted tables with one column `uri`. The same pieces give the same bytes.
+        """
+        refs: list[FileRef] = []
+        for number, table in enumerate(_in_pieces(pieces, SUPERSEDED_ROWS)):
+            name = f"_superseded/superseded-g{generation:04d}-{number:05d}.parquet"
+            raw = table_bytes(table)
+            if not self.store.put_if_absent(name, raw):
+                raw = self.store.get(name)
+            refs.append(_file_ref(name, raw, table.num_rows))
+        return tuple(refs)
+
+    def read_part(self, name: str) -> tuple[pa.Table, pa.Table]:
+        """The scored and the quarantined rows of a committed part.
+
+        Raises:
+            PlanError: the part is damaged.
+        """
+        return self._parse_part(name, self.store.get(name))
 
     def commit_part(
         self, shard: Shard, scored: pa.Table, quarantined: pa.Table, planned_rows: int, positive: int | None
@@ -159,16 +240,19 @@ class Partition:
             PlanError: the part is damaged.
         """
         raw = self.store.get(shard.part_name)
+        scored, quarantined = self._parse_part(shard.part_name, raw)
+        return self._finish_part(shard, raw, scored, quarantined, positive, quarantine_present=quarantine_present)
+
+    def _parse_part(self, name: str, raw: bytes) -> tuple[pa.Table, pa.Table]:
         try:
             scored = pq.read_table(io.BytesIO(raw))
             metadata = scored.schema.metadata or {}
-            quarantined = pa.Table.from_pylist(json.loads(metadata.get(QUARANTINE_KEY, b"[]")), QUARANTINE_SCHEMA)
+            return scored, pa.Table.from_pylist(json.loads(metadata.get(QUARANTINE_KEY, b"[]")), QUARANTINE_SCHEMA)
         except (pa.ArrowException, ValueError) as error:
             raise PlanError(
-                f"Expected a Parquet part in {self.store.uri_of(shard.part_name)}. Received: {error}. "
+                f"Expected a Parquet part in {self.store.uri_of(name)}. Received: {error}. "
                 "Next: move the file away and run again; the shard is then scored anew."
             ) from None
-        return self._finish_part(shard, raw, scored, quarantined, positive, quarantine_present=quarantine_present)
 
     def _finish_part(
         self,
@@ -219,14 +303,36 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read(uri: str) -> pa.Table:
-    """The scored rows that the newest manifest of a partition vouches for: one row per uri, the newest.
+    """The scored rows that the newest manifest of a partition vouches for: one row per uri, the newest, sorted by uri.
 
     Raises:
-        PlanError: there is no manifest (the run is not finished), or a part is not what the manifest says.
+        PlanError: there is no manifest (the run is not finished), or a file is not what the manifest says.
         QuarantineLimitError: the run had too many unreadable images and nobody accepted it.
     """
     partition = Partition(uri)
+    manifest = finished_manifest(partition)
+    tables = list(live_rows(partition.store, manifest.parts, manifest.superseded))
+    return pa.concat_tables(tables, promote_options="permissive") if tables else SCORE_SCHEMA.empty_table()
+
+
+def read_quarantine(uri: str) -> pa.Table:
+    """The rows that could not be scored and were not scored later, as the newest manifest names them, sorted by uri."""
+    partition = Partition(uri)
     manifest = partition.newest_manifest()
+    if manifest is None:
+        return QUARANTINE_SCHEMA.empty_table()
+    tables = list(live_rows(partition.store, manifest.quarantine, manifest.superseded))
+    return pa.concat_tables(tables) if tables else QUARANTINE_SCHEMA.empty_table()
+
+
+def finished_manifest(partition: Partition) -> Manifest:
+    """The newest manifest of a partition that readers may trust.
+
+    Raises:
+        PlanError: there is none.
+        QuarantineLimitError: it has too many quarantined rows and nobody accepted them.
+    """
+    manifest, uri = partition.newest_manifest(), partition.uri
     if manifest is None:
         raise PlanError(
             f"Expected a finished run in {uri}. Received: no manifest. Next: run the same `cnn-ray score` again."
@@ -234,26 +340,75 @@ def read(uri: str) -> pa.Table:
     if manifest.status != "complete":
         raise QuarantineLimitError(
             f"Expected a complete run in {uri}. Received: status {manifest.status} ({manifest.quarantined} of "
-            f"{manifest.planned} rows quarantined). Next: look at the quarantine files."
+            f"{manifest.planned} rows quarantined). Next: look at the quarantine files; --accept releases the run."
         )
-    return pa.concat_tables([_read_checked(partition.store, ref) for ref in manifest.parts])
+    return manifest
 
 
-def read_quarantine(uri: str) -> pa.Table:
-    """The rows that could not be scored, as the newest manifest of a partition names them."""
-    partition = Partition(uri)
-    manifest = partition.newest_manifest()
-    refs: Sequence[FileRef] = () if manifest is None else manifest.quarantine
-    tables = [_read_checked(partition.store, ref) for ref in refs]
-    return pa.concat_tables(tables) if tables else QUARANTINE_SCHEMA.empty_table()
+def live_rows(store: Store, files: Sequence[FileRef], superseded: Sequence[FileRef]) -> Iterator[pa.Table]:
+    """The rows of the files (parts, or quarantine files) that no later generation supersedes, sorted by uri.
+
+    A table per range of uris: memory does not grow with the partition. Every file is checked against its digest.
+    """
+    generations = sorted({ref.generation for ref in files})
+    later = sorted({ref.generation for ref in superseded})
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(2 * READ_AHEAD, thread_name_prefix="read"))
+
+        def stream(refs: Sequence[FileRef], generation: int) -> Iterator[pa.Table]:
+            chosen = sorted((ref for ref in refs if ref.generation == generation), key=lambda ref: ref.name)
+            return read_ahead(pool, lambda ref: _read_checked(store, ref), chosen)
+
+        streams = [stream(files, g) for g in generations] + [stream(superseded, g) for g in later]
+        for step in in_step(streams):
+            gone = dict(zip(later, step[len(generations) :], strict=True))
+            kept: list[pa.Table] = []
+            for g, rows in zip(generations, step, strict=False):
+                if rows is not None:
+                    newer = [table for h, table in gone.items() if h > g and table is not None]
+                    kept.append(rows.filter(pc.invert(among(rows["uri"], newer))) if newer else rows)
+            if sum(table.num_rows for table in kept):
+                joined = pa.concat_tables(kept, promote_options="permissive")
+                yield joined if len(kept) == 1 else joined.sort_by("uri")
+
+
+def read_ahead(
+    pool: ThreadPoolExecutor, read_one: Callable[[ItemT], ResultT], items: Iterable[ItemT]
+) -> Iterator[ResultT]:
+    """What read_one gives for the items, in order, with READ_AHEAD of them under way."""
+    waiting: deque[Future[ResultT]] = deque()
+    for item in items:
+        waiting.append(pool.submit(read_one, item))
+        if len(waiting) > READ_AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _in_pieces(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly `rows` (but for the last), however they came."""
+    waiting: list[pa.Table] = []
+    count = 0
+    for table in tables:
+        waiting.append(table)
+        count += table.num_rows
+        while count >= rows:
+            joined = pa.concat_tables(waiting)
+            yield joined.slice(0, rows).combine_chunks()
+            waiting, count = [joined.slice(rows)], count - rows
+    if count:
+        yield pa.concat_tables(waiting).combine_chunks()
 
 
 def _read_checked(store: Store, ref: FileRef) -> pa.Table:
-    raw = store.get(ref.name)
-    if hashlib.sha256(raw).hexdigest() != ref.sha256:
+    try:
+        raw = store.get(ref.name)
+    except NotFoundError:
+        raw = None
+    if raw is None or hashlib.sha256(raw).hexdigest() != ref.sha256:
         raise PlanError(
-            f"Expected {store.uri_of(ref.name)} as the manifest names it. Received: other bytes. "
-            "Next: restore the file."
+            f"Expected {store.uri_of(ref.name)} as the manifest names it. Received: "
+            f"{'no such file' if raw is None else 'other bytes'}. Next: restore the file."
         )
     return pq.read_table(io.BytesIO(raw)).replace_schema_metadata(None)
 

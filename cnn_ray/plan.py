@@ -57,7 +57,8 @@ class PageRef(BaseModel):
 
 
 class Plan(BaseModel):
-    """What one generation of a partition scores."""
+    """What one generation of a partition scores. `removed` counts the recorded objects that its listing no longer had;
+    `accept` and `retry` say what it was asked for, so that whoever finishes it does the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: int
@@ -66,6 +67,9 @@ class Plan(BaseModel):
     planned_rows: int
     shards: int
     pages: tuple[PageRef, ...]
+    removed: int = 0
+    accept: bool = False
+    retry: bool = False
 
 
 @dataclass(frozen=True, slots=True)

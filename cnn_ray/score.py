@@ -1,44 +1,49 @@
 """One scoring run: plan -> stages over the shards that are not committed yet -> manifest.
 
-Run it again after anything: committed parts are never fetched again, and a finished run is a no-op.
+Run it again after anything: an open generation is finished first, committed parts are never fetched again, then what is
+new or changed in the input is the next generation; where nothing is, the run is a no-op that writes nothing.
 """
 
 from __future__ import annotations
 
-import functools
+import io
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 import cnn_ray
 from cnn_ray.artifact import Artifact, load_artifact
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ConfigError, DataError, NotFoundError, PlanError, QuarantineLimitError
+from cnn_ray.generations import Changes, Superseded, earlier_plans, next_plan, supersede
 from cnn_ray.inputs import is_manifest, list_inputs
 from cnn_ray.lease import Lease
-from cnn_ray.outputs import FORMAT, Manifest, Partition, PartRecord
+from cnn_ray.outputs import FORMAT, FileRef, GenerationRecord, Manifest, Partition, PartRecord
 from cnn_ray.partitions import fill_date, partition_uri
-from cnn_ray.plan import Frozen, Plan, make_plan, page_rows, pending_shards, refuse_other_settings, shards_of
+from cnn_ray.plan import Frozen, Plan, Shard, make_plan, refuse_other_settings, shards_of
 from cnn_ray.predictor import choose_engine, cpu_count
 from cnn_ray.ray_runner import run_ray
 from cnn_ray.runners import run_local
 from cnn_ray.stages import StageContext, positive_index
 from cnn_ray.storage import open_store, split_uri
-from cnn_ray.tallies import Tally
+from cnn_ray.tallies import Tally, Timeline
 
-GENERATION = 1
 S3_FETCHES = 32
 """GETs in flight where each one waits for a network."""
+RECOVERY_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. Rows count those committed by earlier attempts too."""
+    """How far a generation is. Rows count those committed by earlier attempts too."""
 
     rows: int
     planned: int
@@ -47,31 +52,88 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """What this run did for a generation: `timeline` holds (seconds since the start, rows so far); predictors waited
+    `wait_s` seconds and worked `busy_s`."""
+
+    started_at: str = ""
+    resumed_rows: int = 0
+    images_per_s: float = 0.0
+    wait_s: float = 0.0
+    busy_s: float = 0.0
+    timeline: tuple[tuple[float, int], ...] = ()
+
+    @property
+    def wait_share(self) -> float | None:
+        """Share of the predictors' time that they waited for images, None where nothing was predicted."""
+        total = self.wait_s + self.busy_s
+        return self.wait_s / total if total else None
+
+
+@dataclass(frozen=True)
 class ScoreResult:
-    """A finished run: its manifest, what this attempt did, and how fast."""
+    """A finished run: its manifest, how the input differed from an earlier one, and what this attempt did."""
 
     partition_uri: str
     manifest: Manifest
     already_done: bool
-    resumed_rows: int
-    unplanned: int
-    images_per_s: float
+    changes: Changes
+    attempt: Attempt
+
+    @property
+    def resumed_rows(self) -> int:
+        """Rows that an earlier attempt had committed."""
+        return self.attempt.resumed_rows
+
+    @property
+    def images_per_s(self) -> float:
+        """Rows of this attempt per second, start-up included."""
+        return self.attempt.images_per_s
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do: nothing was written."""
+    """What a run would do: nothing was written. `resumes` says that the generation is open and would be finished."""
 
     partition_uri: str
+    generation: int
+    resumes: bool
     rows: int
     bytes: int
     shards: int
     engine: str
     precision: str
+    changes: Changes
 
 
-def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | None = None) -> ScoreResult:
-    """The finished run of the configuration; a finished one is returned as it stands.
+ReportWriter = Callable[[Partition, Manifest, Attempt, ScoreConfig, Artifact], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    config: ScoreConfig
+    artifact: Artifact
+    partition: Partition
+    frozen: Frozen
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """The generation to work on, None where nothing is owed; `resumes` where its plan was there."""
+
+    plan: Plan | None
+    resumes: bool = False
+    changes: Changes = field(default_factory=Changes)
+
+
+def run_score(
+    config: ScoreConfig,
+    on_progress: Callable[[Progress], None] | None = None,
+    write_report: ReportWriter | None = None,
+) -> ScoreResult:
+    """The finished run of the configuration; where nothing is owed, the one that is there.
+
+    A run that finishes an open generation looks at the input afterwards, so that one command always ends up to date.
 
     Raises:
         ConfigError: the output holds a run with other settings, or a full run where --limit is given.
@@ -79,32 +141,85 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
         BusyError: another run holds the partition.
         QuarantineLimitError: too many rows could not be scored; the manifest is written with that status.
     """
-    artifact = load_artifact(config.models_uri, config.model)
-    partition = Partition(partition_uri(config.output_uri, config.date, artifact.name, artifact.version))
-    frozen = freeze(config, artifact)
-    manifest = partition.read_manifest(GENERATION)
-    if manifest is not None:
-        return _finished_before(config, partition, frozen, manifest)
-    partition.store.check_writable()
-    with Lease(partition.store, config.lease_s):
-        plan = _plan(config, partition, frozen)
-        records, result = _score_pending(config, artifact, partition, plan, on_progress)
-        manifest = partition.write_manifest(_manifest(config, artifact, plan, records, result.started_at))
-    _refuse_quarantine(manifest, partition.uri)
-    return ScoreResult(partition.uri, manifest, False, result.resumed_rows, 0, result.images_per_s)
+    job = _job(config)
+    manifest = job.partition.newest_manifest()
+    owed = None if manifest is None else _owed(job, manifest, job.partition.store.put_if_absent)
+    if manifest is not None and owed is not None and owed.plan is None:  # before the lease: a no-op writes nothing
+        _refuse_quarantine(manifest, job.partition.uri)
+        return ScoreResult(job.partition.uri, manifest, True, owed.changes, Attempt())
+    job.partition.store.check_writable()
+    with Lease(job.partition.store, config.lease_s):
+        owed = owed or _owed(job, None, job.partition.store.put_if_absent)
+        result: ScoreResult | None = None
+        while owed.plan is not None:
+            result, plan = _run_generation(job, owed.plan, owed.changes, on_progress)
+            if write_report is not None:
+                write_report(job.partition, result.manifest, result.attempt, config, job.artifact)
+            _refuse_quarantine(result.manifest, job.partition.uri)
+            if not owed.resumes:
+                break
+            owed = _owed(job, result.manifest, job.partition.store.put_if_absent, retried=plan.retry)
+    if result is None:
+        raise PlanError(f"Expected a plan in {job.partition.uri}. Received: none. Next: report this as a bug.")
+    return result
 
 
 def dry_run(config: ScoreConfig) -> DryRun:
     """What `run_score` would do, found without writing anything: the model and the input are really looked at."""
-    artifact = load_artifact(config.models_uri, config.model)
-    frozen = freeze(config, artifact)
-    partition = Partition(partition_uri(config.output_uri, config.date, artifact.name, artifact.version))
-    planned = partition.read_plan(GENERATION)
-    if planned is not None:
-        refuse_other_settings(planned.frozen, frozen, partition.uri)
+    job = _job(config)
+    manifest = job.partition.newest_manifest()
     sizes: list[int] = []
-    plan = make_plan(_tee_sizes(_listing(config), sizes), frozen, lambda _name, _raw: None)
-    return DryRun(partition.uri, plan.planned_rows, sum(sizes), plan.shards, frozen.engine, frozen.precision)
+    owed = _owed(job, manifest, lambda _name, raw: sizes.append(_page_size_bytes(raw)))
+    plan = owed.plan
+    generation = (0 if manifest is None else manifest.generation) + (plan is not None)
+    if plan is not None and owed.resumes:
+        sizes += [_page_size_bytes(job.partition.store.get(page.name)) for page in plan.pages]
+    rows, shards = (0, 0) if plan is None else (plan.planned_rows, plan.shards)
+    frozen = job.frozen
+    return DryRun(
+        job.partition.uri,
+        generation,
+        owed.resumes,
+        rows,
+        sum(sizes),
+        shards,
+        frozen.engine,
+        frozen.precision,
+        owed.changes,
+    )
+
+
+def _page_size_bytes(raw: bytes) -> int:
+    return int(pc.sum(pq.read_table(io.BytesIO(raw), columns=["size_bytes"])["size_bytes"]).as_py() or 0)
+
+
+def _job(config: ScoreConfig) -> _Job:
+    artifact = load_artifact(config.models_uri, config.model)
+    partition = Partition(partition_uri(config.output_uri, config.date, artifact.name, artifact.version))
+    return _Job(config, artifact, partition, freeze(config, artifact))
+
+
+def _owed(
+    job: _Job, manifest: Manifest | None, write_page: Callable[[str, bytes], object], *, retried: bool = False
+) -> _Owed:
+    """What follows the manifest: the generation that is open, else what the input as it is now asks for.
+
+    `retried` says that this run has tried the quarantined rows already.
+    """
+    config, partition = job.config, job.partition
+    plan = partition.read_plan(1 if manifest is None else manifest.generation + 1)
+    first = plan if plan is not None or manifest is None else earlier_plans(partition, manifest.generation)[0]
+    if first is not None:
+        refuse_other_settings(first.frozen, job.frozen, partition.uri)
+    if plan is not None:
+        return _Owed(plan, resumes=True)
+    if manifest is None:
+        plan = make_plan(_listing(config), job.frozen, write_page)
+        return _Owed(plan.model_copy(update={"accept": config.accept}))
+    if config.limit is not None:
+        return _Owed(_plan_of_a_trial(job, manifest))
+    retry = config.retry_quarantined and not retried
+    return _Owed(*_next_plan(job, manifest, write_page, retry=retry))
 
 
 def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
@@ -151,66 +266,121 @@ def _listing(config: ScoreConfig) -> Iterator[pa.Table]:
         raise DataError(f"Expected images in {uri}. Received: none. Next: check INPUT (and --date).")
 
 
-def _tee_sizes(listing: Iterator[pa.Table], sizes: list[int]) -> Iterator[pa.Table]:
-    for table in listing:
-        sizes.append(sum(table["size_bytes"].to_pylist()))
-        yield table
+def _next_plan(
+    job: _Job, manifest: Manifest, write_page: Callable[[str, bytes], object], *, retry: bool
+) -> tuple[Plan | None, bool, Changes]:
+    config = job.config
+    listing = list_inputs(fill_date(config.input_uri, config.date), config.uri_column)
+    try:
+        plan, changes = next_plan(job.partition, manifest, listing, write_page, accept=config.accept, retry=retry)
+    except NotFoundError:  # the input may be gone; the results are still there
+        plan, changes = next_plan(job.partition, manifest, (), write_page, accept=config.accept)
+    return plan, False, changes
 
 
-def _plan(config: ScoreConfig, partition: Partition, frozen: Frozen) -> Plan:
-    """The plan to work on: the one that is there, or a new one; whoever was first decides."""
-    plan = partition.read_plan(GENERATION)
-    if plan is None:
-        plan = partition.write_plan(make_plan(_listing(config), frozen, partition.store.put_if_absent, GENERATION))
-    refuse_other_settings(plan.frozen, frozen, partition.uri)
-    return plan
+def _plan_of_a_trial(job: _Job, manifest: Manifest) -> Plan | None:
+    """A run with --limit has one generation, but can be accepted like any other.
+
+    Raises:
+        ConfigError: its quarantined rows are to be tried again.
+    """
+    if job.config.retry_quarantined:
+        raise ConfigError(
+            "Expected a full run for --retry-quarantined. Received: one with --limit, which has a single generation. "
+            "Next: choose another OUTPUT for another trial."
+        )
+    if not job.config.accept or manifest.status == "complete":
+        return None
+    empty = make_plan((), job.frozen, job.partition.store.put_if_absent, manifest.generation + 1)
+    return empty.model_copy(update={"accept": True})
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    started_at: str
-    resumed_rows: int
-    images_per_s: float
+def _run_generation(
+    job: _Job, plan: Plan, changes: Changes, on_progress: Callable[[Progress], None] | None
+) -> tuple[ScoreResult, Plan]:
+    """The finished generation, and the plan that it had: ours, or the one of a planner that was faster."""
+    plan = job.partition.write_plan(plan)
+    refuse_other_settings(plan.frozen, job.frozen, job.partition.uri)
+    before = job.partition.read_manifest(plan.generation - 1) if plan.generation > 1 else None
+    totals = _Totals()
+    attempt = _score_pending(job, plan, totals, on_progress)
+    if totals.tally.rows != plan.planned_rows:
+        raise PlanError(
+            f"Expected {plan.planned_rows} planned rows. Received: {totals.tally.scored} scored and "
+            f"{totals.tally.quarantined} quarantined. Next: report this as a bug; no manifest was written."
+        )
+    gone = Superseded() if before is None else supersede(job.partition, plan, before)
+    manifest = job.partition.write_manifest(_manifest(job, plan, totals, attempt, before, gone))
+    return ScoreResult(job.partition.uri, manifest, False, changes, attempt), plan
 
 
-def _score_pending(
-    config: ScoreConfig,
-    artifact: Artifact,
-    partition: Partition,
-    plan: Plan,
-    on_progress: Callable[[Progress], None] | None,
-) -> tuple[list[PartRecord], _Attempt]:
+class _Totals:
+    """What the committed shards of a generation add up to: memory grows by one file name a shard, not by rows."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self.parts: list[FileRef] = []
+        self.quarantine: list[FileRef] = []
+        self.wait_s = self.busy_s = 0.0
+
+    def add(self, record: PartRecord) -> None:
+        """Afterwards the shard is counted."""
+        self.tally = self.tally.plus(record.tally)
+        self.parts.append(record.part)
+        if record.quarantine is not None:
+            self.quarantine.append(record.quarantine)
+        self.wait_s += record.wait_s or 0.0
+        self.busy_s += record.busy_s or 0.0
+
+
+def _score_pending(job: _Job, plan: Plan, totals: _Totals, on_progress: Callable[[Progress], None] | None) -> Attempt:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    present = set(partition.committed_names())
-    pending = pending_shards(plan, present)
-    owed = {shard.index for shard in pending}
-    records = [
-        partition.recover_part(shard, positive_index(artifact), quarantine_present=shard.quarantine_name in present)
-        for shard in shards_of(plan)
-        if shard.index not in owed
-    ]
-    resumed_rows = sum(record.rows for record in records)
+    pending = _recover(job, plan, totals)
+    resumed_rows = totals.tally.rows
     if not pending:
-        return records, _Attempt(started_at, resumed_rows, 0.0)
+        return Attempt(started_at, resumed_rows)
+    config = job.config
+    run = run_ray if wants_ray(config) else run_local
+    start, rate, timeline = time.monotonic(), 0.0, Timeline()
+    for record in run(_stage_context(job, plan), pending, config):
+        totals.add(record)
+        seconds = time.monotonic() - start
+        rate = (totals.tally.rows - resumed_rows) / seconds
+        timeline.add(seconds, totals.tally.rows - resumed_rows)
+        if on_progress is not None:
+            on_progress(Progress(totals.tally.rows, plan.planned_rows, totals.tally.quarantined, rate))
+    return Attempt(started_at, resumed_rows, rate, totals.wait_s, totals.busy_s, timeline.points)
+
+
+def _recover(job: _Job, plan: Plan, totals: _Totals) -> list[Shard]:
+    """The shards that are not committed; those that are have been read back into the totals."""
+    present = set(job.partition.committed_names(plan.generation))
+    positive = positive_index(job.artifact)
+    shards = shards_of(plan)
+    with ThreadPoolExecutor(RECOVERY_THREADS, thread_name_prefix="recover") as pool:
+        committed = [shard for shard in shards if shard.part_name in present]
+        for record in pool.map(
+            lambda shard: job.partition.recover_part(
+                shard, positive, quarantine_present=shard.quarantine_name in present
+            ),
+            committed,
+        ):
+            totals.add(record)
+    return [shard for shard in shards if shard.part_name not in present]
+
+
+def _stage_context(job: _Job, plan: Plan) -> StageContext:
+    config = job.config
     uri = fill_date(config.input_uri, config.date)
-    context = StageContext(
-        partition_uri=partition.uri,
+    return StageContext(
+        partition_uri=job.partition.uri,
         input_root=open_store(split_uri(uri)[0] if is_manifest(uri) else uri).uri,
         plan=plan,
-        artifact=artifact,
+        artifact=job.artifact,
         fetch_concurrency=config.fetch_concurrency or (S3_FETCHES if uri.startswith("s3://") else cpu_count()),
         num_decoders=1 if wants_ray(config) else cpu_count(),  # a Ray task that reads has one CPU
         batch_size=config.batch_size,
     )
-    run = run_ray if wants_ray(config) else run_local
-    start, rows, rate = time.monotonic(), resumed_rows, 0.0
-    for record in run(context, pending, config):
-        records.append(record)
-        rows += record.rows
-        rate = (rows - resumed_rows) / (time.monotonic() - start)
-        if on_progress is not None:
-            on_progress(Progress(rows, plan.planned_rows, sum(r.tally.quarantined for r in records), rate))
-    return records, _Attempt(started_at, resumed_rows, rate)
 
 
 def wants_ray(config: ScoreConfig) -> bool:
@@ -219,80 +389,70 @@ def wants_ray(config: ScoreConfig) -> bool:
 
 
 def _manifest(
-    config: ScoreConfig, artifact: Artifact, plan: Plan, records: list[PartRecord], started_at: str
+    job: _Job, plan: Plan, totals: _Totals, attempt: Attempt, before: Manifest | None, gone: Superseded
 ) -> Manifest:
-    """The manifest of a run all of whose shards are committed.
-
-    Raises:
-        PlanError: the parts do not add up to the plan.
-    """
-    records = sorted(records, key=lambda record: record.part.name)
-    total = functools.reduce(Tally.plus, (record.tally for record in records), Tally())
-    scored, quarantined = total.scored, total.quarantined
-    if scored + quarantined != plan.planned_rows:
-        raise PlanError(
-            f"Expected {plan.planned_rows} planned rows. Received: {scored} scored and {quarantined} quarantined. "
-            "Next: report this as a bug; no manifest was written."
-        )
-    over = quarantined > config.max_quarantine_rate * plan.planned_rows
+    """The manifest of a generation all of whose shards are committed: live totals, after those of the one before."""
+    config, artifact = job.config, job.artifact
+    earlier = Tally() if before is None else before.tally.without(gone.tally, gone.shown)
+    live = earlier.plus(totals.tally)
+    accept = config.accept or plan.accept
+    accepted = live.quarantined if accept else min(0 if before is None else before.accepted, live.quarantined)
+    over = live.quarantined - accepted > config.max_quarantine_rate * live.rows
+    finished_at = datetime.now(UTC).isoformat(timespec="seconds")
+    done = GenerationRecord(
+        generation=plan.generation,
+        planned=plan.planned_rows,
+        scored=totals.tally.scored,
+        quarantined=totals.tally.quarantined,
+        superseded=gone.rows,
+        removed=plan.removed,
+        retry=plan.retry,
+        parts=len(totals.parts),
+        started_at=attempt.started_at,
+        finished_at=finished_at,
+        images_per_s=round(attempt.images_per_s, 3),
+        wait_s=round(attempt.wait_s, 3),
+        busy_s=round(attempt.busy_s, 3),
+    )
     return Manifest(
         format=FORMAT,
         generation=plan.generation,
         status="quarantine_limit" if over else "complete",
-        planned=plan.planned_rows,
-        scored=scored,
-        quarantined=quarantined,
-        flagged=total.flagged,
-        labels=total.labels,
-        codes=total.codes,
-        parts=tuple(record.part for record in records),
-        quarantine=tuple(record.quarantine for record in records if record.quarantine is not None),
-        superseded_uris=(),
+        planned=live.rows,
+        **{name: getattr(live, name) for name in Tally.model_fields},
+        removed=plan.removed,
+        accepted=accepted,
+        parts=(*(() if before is None else before.parts), *_by_name(totals.parts)),
+        quarantine=(*(() if before is None else before.quarantine), *_by_name(totals.quarantine)),
+        superseded=(*(() if before is None else before.superseded), *gone.files),
+        generations=(*(() if before is None else before.generations), done),
         model=artifact.name,
         version=artifact.version,
         model_digest=artifact.digest,
+        label_names=tuple(artifact.labels),
+        positive_label=artifact.positive_label,
+        threshold=plan.frozen.threshold,
         engine=plan.frozen.engine,
         precision=plan.frozen.precision,
         runner="ray" if wants_ray(config) else "local",
         config=config.model_dump(mode="json"),
         libraries={"cnn_ray": cnn_ray.__version__, "pyarrow": pa.__version__, "pillow": installed("pillow")},
-        started_at=started_at,
-        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        started_at=attempt.started_at,
+        finished_at=finished_at,
     )
 
 
-def _finished_before(config: ScoreConfig, partition: Partition, frozen: Frozen, manifest: Manifest) -> ScoreResult:
-    plan = partition.read_plan(GENERATION)
-    if plan is None:
-        raise PlanError(f"Expected a plan beside the manifest in {partition.uri}. Received: none. Next: restore it.")
-    refuse_other_settings(plan.frozen, frozen, partition.uri)
-    _refuse_quarantine(manifest, partition.uri)
-    return ScoreResult(partition.uri, manifest, True, manifest.planned, _unplanned(config, partition, plan), 0.0)
-
-
-def _unplanned(config: ScoreConfig, partition: Partition, plan: Plan) -> int:
-    """Objects of the input that the finished run does not hold as they are now."""
-    if config.limit is not None:
-        return 0
-    known: set[tuple[str, str]] = set()
-    for page in plan.pages:
-        rows = page_rows(partition.store.get(page.name))
-        known.update(zip(rows["uri"].to_pylist(), rows["etag"].to_pylist(), strict=True))
-    try:
-        return sum(
-            (uri, etag) not in known
-            for table in list_inputs(fill_date(config.input_uri, config.date), config.uri_column)
-            for uri, etag in zip(table["uri"].to_pylist(), table["etag"].to_pylist(), strict=True)
-        )
-    except NotFoundError:  # the input may be gone; the results are still there
-        return 0
+def _by_name(files: list[FileRef]) -> list[FileRef]:
+    return sorted(files, key=lambda ref: ref.name)
 
 
 def _refuse_quarantine(manifest: Manifest, uri: str) -> None:
     if manifest.status == "quarantine_limit":
         codes = ", ".join(f"{count} {code}" for code, count in manifest.codes.items())
         limit = manifest.config["max_quarantine_rate"]
+        beyond = f" beyond the {manifest.accepted} accepted ones" if manifest.accepted else ""
         raise QuarantineLimitError(
-            f"Expected at most {limit:.1%} unreadable images. Received: {manifest.quarantined} of {manifest.planned} "
-            f"({codes}). Next: look at the quarantine files in {uri}; readers refuse this run."
+            f"Expected at most {limit:.1%} unreadable images{beyond}. Received: {manifest.quarantined} of "
+            f"{manifest.planned} ({codes}). Next: look at the quarantine files in {uri}, which readers refuse until "
+            "then; mend the images and run again, add --retry-quarantined, or take them as they are with --accept."
         )

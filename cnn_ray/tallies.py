@@ -23,6 +23,7 @@ SCORE_BINS = 20
 TOP_ROWS = 12
 BAD_ROWS_PER_CODE = 3
 PSI_MIN_SHARE = 1e-4
+MOST_POINTS = 240
 
 
 class TopRow(BaseModel):
@@ -44,6 +45,33 @@ class BadRow(BaseModel):
     detail: str
 
 
+class Timeline:
+    """At most MOST_POINTS points (seconds since the start, rows so far) of a run, however many shards it has."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[float, int]] = []
+        self._last: tuple[float, int] | None = None
+        self._every = 1
+        self._seen = 0
+
+    def add(self, seconds: float, rows: int) -> None:
+        """Afterwards this is the last point; when there are too many, every second of the older ones is dropped."""
+        self._last = (round(seconds, 3), rows)
+        self._seen += 1
+        if self._seen % self._every == 0:
+            self._kept.append(self._last)
+            if len(self._kept) >= MOST_POINTS:
+                self._kept = self._kept[1::2]
+                self._every *= 2
+
+    @property
+    def points(self) -> tuple[tuple[float, int], ...]:
+        """The points in order of time; the last one is the newest state."""
+        if self._last is None or self._last in self._kept[-1:]:
+            return tuple(self._kept)
+        return (*self._kept, self._last)
+
+
 class Tally(BaseModel):
     """Counts over rows, and examples. `score_bins` counts the positive label's score, or the best one without one."""
 
@@ -61,6 +89,20 @@ class Tally(BaseModel):
     def rows(self) -> int:
         """Rows of the plan that are accounted for."""
         return self.scored + self.quarantined
+
+    def without(self, other: Tally, uris: set[str]) -> Tally:
+        """The tally of what remains when the rows that `other` adds up are taken away; `uris` are theirs, as far as
+        this tally shows them. All counts are exact; `top` and `bad` only get shorter, nobody reads all rows again."""
+        return Tally(
+            scored=self.scored - other.scored,
+            quarantined=self.quarantined - other.quarantined,
+            flagged=self.flagged - other.flagged,
+            labels=_taken_away(self.labels, other.labels),
+            codes=_taken_away(self.codes, other.codes),
+            score_bins=tuple(a - b for a, b in zip(self.score_bins, other.score_bins, strict=True)),
+            top=tuple(row for row in self.top if row.uri not in uris),
+            bad=tuple(row for row in self.bad if row.uri not in uris),
+        )
 
     def plus(self, other: Tally) -> Tally:
         """The tally of both sets of rows; the order of addition changes nothing."""
@@ -120,6 +162,12 @@ def _added(one: dict[str, int], two: dict[str, int]) -> dict[str, int]:
     total = Counter(one)
     total.update(two)
     return dict(sorted(total.items()))
+
+
+def _taken_away(one: dict[str, int], two: dict[str, int]) -> dict[str, int]:
+    left = Counter(one)
+    left.subtract(two)
+    return {name: count for name, count in sorted(left.items()) if count}
 
 
 def _best(rows: list[TopRow]) -> tuple[TopRow, ...]:
