@@ -22,7 +22,8 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # tests, and their own cnn_ray
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the cnn_ray beside these tests
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chaos.proxy import FAULTS
 from chaos.rounds import LocalGround, Round, draw, play
