@@ -22,6 +22,7 @@ Bytes in, bytes out.
     outputs.py        commit a part, its quarantine and the manifest; read back what is committed
     inputs.py         INPUT -> sorted (uri, etag, size_bytes)
     generations.py    what a finished partition owes to its input as it is now; what that supersedes
+    runs.py           list partitions, compare two, write one as a single file
 
 Models.
     architectures.py  table: name -> builder, size, preprocessing

@@ -227,6 +227,64 @@ def model_verify(reference: str, models_uri: str) -> None:
     click.echo(f"{artifact.reference}: {count} files as published, digest {artifact.digest}")
 
 
+@commands.group()
+def runs() -> None:
+    """List, show, compare and compact scored partitions."""
+
+
+@runs.command("list")
+@click.argument("output_uri", metavar="OUTPUT")
+def runs_list(output_uri: str) -> None:
+    """List the partitions below OUTPUT."""
+    from cnn_ray import console as ui
+    from cnn_ray import runs as job
+
+    found = job.list_runs(output_uri)
+    if not found:
+        click.echo(f"No runs in {output_uri}. Next: cnn-ray score INPUT OUTPUT --model NAME@VERSION.")
+        return
+    ui.print_runs(found, _console(stderr=False))
+
+
+@runs.command("show")
+@click.argument("partition_uri", metavar="PARTITION")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def runs_show(partition_uri: str, as_json: bool) -> None:
+    """Show what the newest manifest of PARTITION says."""
+    from cnn_ray import console as ui
+    from cnn_ray import runs as job
+
+    manifest = job.show_run(partition_uri)
+    if as_json:
+        return click.echo(manifest.model_dump_json(indent=2))
+    return ui.print_manifest(manifest, _console(stderr=False))
+
+
+@runs.command("diff")
+@click.argument("partition_a", metavar="A")
+@click.argument("partition_b", metavar="B")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def runs_diff(partition_a: str, partition_b: str, as_json: bool) -> None:
+    """Compare partitions A and B over the uris that both scored."""
+    from cnn_ray import console as ui
+    from cnn_ray import runs as job
+
+    found = job.diff_runs(partition_a, partition_b)
+    if as_json:
+        return click.echo(found.model_dump_json(indent=2))
+    return ui.print_diff(found, _console(stderr=False))
+
+
+@runs.command("compact")
+@click.argument("partition_uri", metavar="PARTITION")
+@click.argument("folder", metavar="FOLDER")
+def runs_compact(partition_uri: str, folder: str) -> None:
+    """Write the rows of PARTITION into one Parquet file in FOLDER, for readers that know no generations."""
+    from cnn_ray.runs import compact_run
+
+    click.echo(f"Parquet: {compact_run(partition_uri, folder)}")
+
+
 def _print_config(config: Config) -> None:
     import yaml
 

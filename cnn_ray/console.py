@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import pairwise
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from cnn_ray.generations import Changes
+    from cnn_ray.outputs import Manifest
+    from cnn_ray.runs import RunDiff, RunSummary
     from cnn_ray.score import ScoreResult
 
 LOG_EVERY_S = 5.0
@@ -184,6 +186,76 @@ def print_score_result(result: ScoreResult, console: Console) -> None:
     elif manifest.generation > 1:
         say(console, f"Generation {manifest.generation}: {describe_changes(result.changes)}.")
     say(console, f"Parquet: {result.partition_uri}")
+
+
+def print_runs(found: Sequence[RunSummary], console: Console) -> None:
+    """Afterwards one line per partition is on the console."""
+    rows: list[tuple[str, ...]] = []
+    for run in found:
+        m, status = run.manifest, run.status
+        if run.open_generation is not None and m is not None:
+            status += f", generation {run.open_generation} open"
+        counts = ("", "", "", "", "") if m is None else _counts(m)
+        rows.append((run.date, f"{run.model}@{run.version}", status, *counts))
+    header = ("date", "model", "status", "generation", "rows", "quarantined", "flagged", "finished")
+    print_table(console, "", rows, header)
+
+
+def _counts(manifest: Manifest) -> tuple[str, str, str, str, str]:
+    numbers = (manifest.generation, manifest.scored, manifest.quarantined, manifest.flagged)
+    first, second, third, fourth = (f"{number:,}" for number in numbers)
+    return first, second, third, fourth, manifest.finished_at
+
+
+def print_manifest(manifest: Manifest, console: Console) -> None:
+    """Afterwards the manifest's totals and its generations are on the console."""
+    rows = [("status", manifest.status), ("rows", f"{manifest.planned:,}"), ("scored", f"{manifest.scored:,}")]
+    rows += [(f"  label {label}", f"{count:,}") for label, count in manifest.labels.items()]
+    rows += [("flagged", f"{manifest.flagged:,}"), ("quarantined", f"{manifest.quarantined:,}")]
+    rows += [(f"  {code}", f"{count:,}") for code, count in manifest.codes.items()]
+    rows += [("accepted", f"{manifest.accepted:,}"), ("removed from the input", f"{manifest.removed:,}")]
+    print_table(console, f"{manifest.model}@{manifest.version}, {manifest.engine} {manifest.precision}", rows)
+    generations = [
+        (
+            str(g.generation),
+            f"{g.planned:,}",
+            f"{g.superseded:,}",
+            f"{g.quarantined:,}",
+            str(g.parts),
+            f"{g.images_per_s:,.0f}",
+            g.finished_at,
+        )
+        for g in manifest.generations
+    ]
+    header = ("generation", "rows", "of them newer", "quarantined", "parts", "images/s", "finished")
+    print_table(console, "", generations, header)
+
+
+def print_diff(found: RunDiff, console: Console) -> None:
+    """Afterwards the comparison is on the console: counts, label changes, score shift, and the rows that moved most."""
+    rows = [("shared", f"{found.shared:,}"), ("only in A", f"{found.only_a:,}"), ("only in B", f"{found.only_b:,}")]
+    rows += [("of other bytes", f"{found.other_etag:,}"), ("labels changed", f"{found.changed_labels:,}")]
+    rows += [("newly flagged", f"{found.newly_flagged:,}"), ("no longer flagged", f"{found.no_longer_flagged:,}")]
+    if found.shift_mean is not None and found.psi is not None:
+        rows += [("mean shift", f"{found.shift_mean:+.4f}"), ("PSI", f"{found.psi:.3f} ({reading_of_psi(found.psi)})")]
+        rows += [(f"shift {name}", f"{value:+.4f}") for name, value in found.shift_quantiles.items()]
+    print_table(console, f"score of {found.score}, A = {found.a}, B = {found.b}", rows)
+    labels = sorted(set(found.label_changes) | {name for row in found.label_changes.values() for name in row})
+    matrix = [(a, *(f"{found.label_changes.get(a, {}).get(b, 0):,}" for b in labels)) for a in labels]
+    if matrix:
+        print_table(console, "labels: A down, B across", matrix, ("", *labels))
+    moved = [
+        (row.uri, f"{row.label_a} {row.score_a:.3f}", f"{row.label_b} {row.score_b:.3f}") for row in found.most_changed
+    ]
+    if moved:
+        print_table(console, "most changed", moved, ("uri", "A", "B"))
+
+
+def reading_of_psi(value: float) -> str:
+    """The usual reading of a population stability index."""
+    if value < 0.1:
+        return "no shift to speak of"
+    return "a shift worth a look" if value < 0.25 else "another population"
 
 
 def print_report(uri: str, console: Console) -> None:

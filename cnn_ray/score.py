@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version as installed
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 import cnn_ray
@@ -190,7 +189,7 @@ def dry_run(config: ScoreConfig) -> DryRun:
 
 
 def _page_size_bytes(raw: bytes) -> int:
-    return int(pc.sum(pq.read_table(io.BytesIO(raw), columns=["size_bytes"])["size_bytes"]).as_py() or 0)
+    return int(pq.read_table(io.BytesIO(raw), columns=["size_bytes"])["size_bytes"].to_numpy().sum())
 
 
 def _job(config: ScoreConfig) -> _Job:

@@ -125,17 +125,22 @@ def tally_of(scored: pa.Table, quarantined: pa.Table, positive: int | None) -> T
     flagged = np.flatnonzero(scored["flagged"].to_numpy())
     best = flagged[np.argsort(-scores[flagged], kind="stable")[:TOP_ROWS]]
     top = scored.select(["uri", "etag", "label"]).take(pa.array(best)).to_pylist()
-    bins = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
     return Tally(
         scored=scored.num_rows,
         quarantined=quarantined.num_rows,
         flagged=len(flagged),
         labels=dict(sorted(Counter(scored["label"].to_pylist()).items())),
         codes=dict(sorted(Counter(quarantined["code"].to_pylist()).items())),
-        score_bins=tuple(np.bincount(bins, minlength=SCORE_BINS).tolist()),
+        score_bins=tuple(score_bins(scores).tolist()),
         top=_best([TopRow(score=float(scores[k]), **row) for k, row in zip(best, top, strict=True)]),
         bad=_examples([BadRow(**row) for row in quarantined.select(["uri", "code", "detail"]).to_pylist()]),
     )
+
+
+def score_bins(scores: np.ndarray) -> np.ndarray:
+    """How many of the scores, float32 [N] in [0, 1], fall into each of the SCORE_BINS bins, int64 [SCORE_BINS]."""
+    bins = np.minimum((scores * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
+    return np.bincount(bins, minlength=SCORE_BINS)
 
 
 def psi(bins_a: Sequence[int], bins_b: Sequence[int]) -> float:

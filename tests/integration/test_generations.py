@@ -1,22 +1,19 @@
 """Generations on the local runner: what a second, third ... run of the same command fetches, writes and shows."""
 
-import json
 from pathlib import Path
 
-import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from factories import image_bytes, write_images
 
-from cnn_ray import generations, outputs, score
+from cnn_ray import outputs, score
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ConfigError, PlanError, QuarantineLimitError, UnavailableError
 from cnn_ray.outputs import Partition
 from cnn_ray.storage import LocalStore
-from cnn_ray.tallies import Tally, tally_of
+from cnn_ray.tallies import tally_of
 
 
 def config(models: str, source, output, **changes) -> ScoreConfig:
@@ -158,7 +155,7 @@ def test_a_damaged_superseded_file_is_refused(tmp_path, small_models, how):
         pq.write_table(pa.table({"uri": pa.array([], pa.string())}), file)
     else:
         file.unlink()
-    with pytest.raises(PlanError, match="_superseded/superseded-g0002-00000.parquet"):
+    with pytest.raises(PlanError, match=r"_superseded/superseded-g0002-00000\.parquet"):
         outputs.read(uri)
 
 
