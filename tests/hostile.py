@@ -229,6 +229,12 @@ def _cut(drawn: Image.Image, chance: random.Random) -> Corpus:
             corpus[f"cut-{tenth}.{suffix}"] = (data[:end], "truncated")
     rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(drawn))
     for tenth in range(1, 10):
+        for suffix in ("jpg", "progressive.jpg"):
+            data = plain[suffix]
+            scan = data.index(b"\xff\xda") + 20  # behind the last table, inside the first scan
+            end = scan + (len(data) - scan) * tenth // 10
+            corpus[f"closed-{tenth}.{suffix}"] = (data[:end].rstrip(b"\xff") + b"\xff\xd9", "truncated")
+    for tenth in range(1, 10):
         corpus[f"closed-{tenth}.png"] = (png_of(*drawn.size, rows[: len(rows) * tenth // 10]), "truncated")
     return corpus
 

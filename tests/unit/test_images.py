@@ -483,7 +483,7 @@ def test_memory_error_is_a_row_failure(monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr("cnn_ray.images._load", refuse)
+        monkeypatch.setattr("cnn_ray.images._by_pillow", refuse)
         result = failure(GOLDEN["png rgb"][0])
         assert result.code == code
         assert not re.search(r"0x|\n", result.detail)
