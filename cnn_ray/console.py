@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cnn_ray.runs import RunDiff, RunSummary
     from cnn_ray.score import ScoreResult
 
+LIST_WIDTH = 200
 LOG_EVERY_S = 5.0
 RATE_WINDOW_S = 30.0
 
@@ -198,6 +199,8 @@ def print_runs(found: Sequence[RunSummary], console: Console) -> None:
         counts = ("", "", "", "", "") if m is None else _counts(m)
         rows.append((run.date, f"{run.model}@{run.version}", status, *counts))
     header = ("date", "model", "status", "generation", "rows", "quarantined", "flagged", "finished")
+    if not console.is_terminal:
+        console.width = LIST_WIDTH  # for grep: no cell is broken
     print_table(console, "", rows, header)
 
 

@@ -2,7 +2,8 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
-# pyright: reportAttributeAccessIssue=false  # pyarrow.compute makes its functions while it is imported
+# pyright: reportAttributeAccessIssue=false
+# (the last one because pyarrow.compute makes its functions while it is imported)
 """What a finished partition owes to its input as it is now: the next generation, and what that supersedes.
 
 The sorted listing and the sorted plan pages of earlier generations are walked in step, so ten million objects are

@@ -2,7 +2,8 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
-# pyright: reportAttributeAccessIssue=false  # pyarrow.compute makes its functions while it is imported
+# pyright: reportAttributeAccessIssue=false
+# (the last one because pyarrow.compute makes its functions while it is imported)
 """The partition on storage: plan, parts, quarantine and manifest, each written once by put-if-absent.
 
 The part is the one commit point of a shard. It carries the shard's quarantined rows in its Parquet metadata, and the

@@ -2,7 +2,8 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
-# pyright: reportAttributeAccessIssue=false  # pyarrow.compute makes its functions while it is imported
+# pyright: reportAttributeAccessIssue=false
+# (the last one because pyarrow.compute makes its functions while it is imported)
 """Finished runs, looked at: which there are, how two differ over the uris they share, and one as a single file."""
 
 from __future__ import annotations
@@ -177,7 +178,10 @@ class _DiffSums:
         if a is None or b is None:
             return
         index = pc.index_in(a["uri"], value_set=b["uri"].combine_chunks())
-        a, b = a.filter(pc.is_valid(index)), b.take(index.drop_null())
+        self._compare(a.filter(pc.is_valid(index)), b.take(index.drop_null()))
+
+    def _compare(self, a: pa.Table, b: pa.Table) -> None:
+        """Counts rows of the same uris."""
         self._other_etag += int(np.sum(_numpy(pc.not_equal(a["etag"], b["etag"]))))
         self._pairs.update(zip(a["label"].to_pylist(), b["label"].to_pylist(), strict=True))
         was, now = _numpy(a["flagged"]), _numpy(b["flagged"])

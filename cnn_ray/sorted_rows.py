@@ -2,7 +2,8 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
-# pyright: reportAttributeAccessIssue=false  # pyarrow.compute makes its functions while it is imported
+# pyright: reportAttributeAccessIssue=false
+# (the last one because pyarrow.compute makes its functions while it is imported)
 """Streams of tables sorted by uri, walked in step: joins over ten million rows that hold some pages in memory.
 
 Listings, plan pages and parts are sorted by uri in byte order, which is also Python's order of `str`. So whatever two

@@ -112,6 +112,49 @@ def test_model_list_show_verify(capsys, small_models):
     assert (code, "No models" in out) == (0, True)
 
 
+def test_runs_list_show_diff_compact(capsys, tmp_path, images, small_models):
+    command = ("score", images, tmp_path / "out", "--model", "small@1", "--models-uri", small_models)
+    command = (*command, "--max-quarantine-rate", "0.2", "--date", "2026-11-23")
+    code, out, _ = run(capsys, "runs", "list", tmp_path / "out")
+    assert (code, "No runs" in out) == (0, True)
+    run(capsys, *command)
+    (images / "new.png").write_bytes(image_bytes(77))
+    code, out, _ = run(capsys, *command, "--dry-run")
+    assert (code, "Generation 2: 1 new, 0 changed and 0 retried objects." in out) == (0, True)
+    code, out, _ = run(capsys, *command)
+    assert (code, "Generation 2: 1 new, 0 changed and 0 retried objects." in out) == (0, True)
+    partition = tmp_path / "out/date=2026-11-23/model=small/version=1"
+    code, out, _ = run(capsys, "runs", "list", tmp_path / "out")
+    assert (code, "2026-11-23" in out, "complete" in out) == (0, True, True)
+    code, out, _ = run(capsys, "runs", "show", partition)
+    assert code == 0
+    assert re.search(r"scored +│ 11 ", out)
+    code, out, _ = run(capsys, "runs", "show", partition, "--json")
+    assert (code, json.loads(out)["generation"]) == (0, 2)
+    code, out, _ = run(capsys, "runs", "diff", partition, partition, "--json")
+    assert (code, json.loads(out)["shared"]) == (0, 11)
+    code, out, _ = run(capsys, "runs", "diff", partition, partition)
+    assert code == 0
+    assert re.search(r"PSI +│ 0\.000 ", out)
+    code, out, _ = run(capsys, "runs", "compact", partition, tmp_path / "compact")
+    assert (code, f"Parquet: {tmp_path}/compact/cnn_ray-scores.parquet" in out) == (0, True)
+    for wrong in (
+        ("show", tmp_path / "none"),
+        ("diff", partition, tmp_path / "none"),
+        ("compact", partition, tmp_path / "out"),
+    ):
+        code, _, err = run(capsys, "runs", *wrong)
+        assert (code in (2, 3), "Expected" in err, "Next:" in err) == (True, True, True), err
+
+
+def test_accept_and_retry_are_flags(capsys, tmp_path, images, small_models):
+    command = ("score", images, tmp_path / "out", "--model", "small@1", "--models-uri", small_models)
+    code, _, err = run(capsys, *command)
+    assert (code, "--accept" in err, "--retry-quarantined" in err) == (4, True, True)
+    code, out, _ = run(capsys, *command, "--accept", "--retry-quarantined")
+    assert (code, "1 retried" in out) == (0, True)
+
+
 def test_a_bug_is_one_line(capsys, monkeypatch, tmp_path, images, small_models):
     from cnn_ray import score
 
@@ -156,7 +199,7 @@ def test_help_is_quick_and_imports_no_framework():
         "    heavy = {'ray', 'tensorflow', 'keras', 'openvino', 'boto3', 'pyarrow', 'numpy'} & set(sys.modules)\n"
         "    sys.exit(repr(heavy) if heavy else 0)"
     )
-    for verb in ([], ["score"], ["train"], ["serve"], ["model", "list"]):
+    for verb in ([], ["score"], ["train"], ["serve"], ["model", "list"], ["runs", "diff"]):
         arguments = [*verb, "--help"]
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")

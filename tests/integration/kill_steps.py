@@ -1,11 +1,13 @@
 """Runs one scoring job in forked children: SIGKILL right after write N, then a rerun, for every N until nothing kills.
 
-Usage: kill_steps.py MODELS INPUT WORK. Prints one JSON line per N: the write that was last, and the exit of the rerun.
+Usage: kill_steps.py MODELS INPUT WORK [BASE]. Prints one JSON line per N: the write that was last, and the exit of the
+rerun. Each output begins as a copy of BASE, a finished run over an earlier state of INPUT, where one is given.
 Forking after the imports makes a round cost half a second; no thread runs in the parent.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -52,10 +54,12 @@ def run_in_child(config: ScoreConfig, number: int | None, log: Path) -> int:
 
 
 def main() -> None:
-    models, images, work = sys.argv[1:4]
+    models, images, work, *base = sys.argv[1:]
     import_openvino()
     for number in range(100):  # 0: never killed, the undisturbed run
         log = Path(work) / f"log-{number}"
+        if base:
+            shutil.copytree(base[0], f"{work}/out-{number}")
         config = ScoreConfig(
             model="small@1",
             models_uri=models,
