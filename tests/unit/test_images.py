@@ -18,9 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hostile import hostile_corpus
 from PIL import Image, ImageDraw
 
-from cnn_ray.images import ALLOWED_FORMATS, RESIZE_RULE, DecodedImage, ImageCaps, decode
+from cnn_ray import image_files, images
+from cnn_ray.images import ALLOWED_FORMATS, RESIZE_RULE, DecodedImage, ImageCaps, decode, thumbnail
 from cnn_ray.records import QuarantineCode, RowFailure
 
 SIZE = (48, 64)  # height, width
@@ -549,3 +551,58 @@ def test_threads_give_equal_bytes() -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(pixels_of, files))
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+# --- hostile corpus, fast paths, thumbnails --------------------------------------------------------------------------
+
+CORPUS = hostile_corpus(3)
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_hostile_file_ends_as_expected(name: str) -> None:
+    data, code = CORPUS[name]
+    if code is None:
+        pixels_of(data)
+    else:
+        assert failure(data).code == code
+
+
+@pytest.mark.parametrize("name", [n for n in GOLDEN if n.startswith(("png", "jpeg"))])
+def test_fast_path_gives_the_pixels_of_the_slow_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libdeflate and simplejpeg against Pillow alone, scaled JPEG decode included; both must have been taken."""
+    data, _ = GOLDEN[name]
+    fast = [pixels_of(data), pixels_of(data, (12, 16))]
+    source = image_files.read(data)
+    taken = image_files.png_stored(source) if name.startswith("png") else images._jpeg(source, SIZE)
+    assert (taken is None) == (name == "jpeg cmyk")
+    monkeypatch.setattr(image_files, "png_stored", lambda _: None)
+    monkeypatch.setattr(images, "_jpeg", lambda *_: None)
+    for one, size in zip(fast, (SIZE, (12, 16)), strict=True):
+        assert np.array_equal(one, pixels_of(data, size))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_cut_and_closed_again_is_truncated(progressive: bool) -> None:
+    """libjpeg fills what is missing with grey and only warns; Pillow does not pass that on."""
+    data = encode(PAGE, "JPEG", progressive=progressive)
+    for missing in (20, 200, 1000):
+        closed = data[:-missing].rstrip(b"\xff") + b"\xff\xd9"
+        Image.open(io.BytesIO(closed)).load()
+        assert failure(closed).code == Q.TRUNCATED
+
+
+@pytest.mark.parametrize("size", [(1366, 768), (300, 900), (20, 10), (2000, 3)])
+def test_thumbnail_is_a_small_jpeg_of_our_own(size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a secret description"
+    data = encode(page(900, 700).resize(size), "JPEG", exif=exif.tobytes(), comment=b"<script>")
+    small = thumbnail(data, 160, CAPS)
+    assert isinstance(small, bytes)
+    assert b"secret" not in small
+    assert b"script" not in small
+    with Image.open(io.BytesIO(small)) as image:
+        assert image.format == "JPEG"
+        assert max(image.size) == min(160, max(size))
+        for got, side in zip(image.size, size, strict=True):
+            assert abs(got - max(1, side * max(image.size) / max(size))) <= 0.5
+    assert isinstance(thumbnail(b"no image", 160, CAPS), RowFailure)
