@@ -210,7 +210,7 @@ def png_stored(image: ImageFile) -> bytes | None:
         last = start + len(block) == len(rows)
         blocks += [struct.pack("<BHH", last, len(block), 65_535 - len(block)), block]
     # Six times as fast as zlib's.
-    blocks.append(struct.pack(">I", deflate.adler32(inflated)))
+    blocks.append(struct.pack(">I", deflate.adler32(inflated)))  # pyright: ignore[reportUnknownMemberType]
     length = sum(len(block) for block in blocks)
     # The walk has checked the sums of the file; Pillow asks for none of IDAT.
     return b"".join([*head, struct.pack(">I4s", length, b"IDAT"), *blocks, bytes(4), _PNG_END])

@@ -3,10 +3,11 @@
 `cnn_ray.image_files` walks each file first, and only the parts that make pixels come here: text, ICC, EXIF, APNG and
 comments cost neither memory nor a warning. Pillow's global limits are not asked: `ImageCaps` alone decides.
 
-CPU ms per image to 224x224, one thread, best of 25 in turns on 2 busy shared cores, Pillow 13.0 (zlib-ng), OpenCV 5.0;
-ours / Pillow + plain BOX / cv2.imdecode + INTER_AREA. Drawn 1366x768: PNG 18.1 / 18.8 / 21.1, PNG with alpha
-27.3 / 24.9 / 22.9 (cv2 drops the alpha), JPEG 7.9 / 5.1 / 9.8. Real, mostly smaller pages: PNG RGB 7.0 / 5.3 / 5.2.
-So no OpenCV: no gain on full pages, and it gives cut files back as images. BOX alone is up to 5.6 levels off (mean).
+CPU ms per image to 224x224 (`tests/bench/decode.py`), one thread, median of 9 in turns on 2 busy shared cores; ours /
+Pillow 13 alone with the same resize / cv2.imdecode + INTER_AREA. Drawn 1366x768: PNG
+5.7 / 5.8 / 5.5, JPEG 2.7 / 2.9 / 3.6. Real: PNG RGB 3.7 / 5.3 / 4.5, RGBA 7.1 / 9.2 / 7.3 (cv2 drops the alpha), palette
+2.4 / 2.8 / 2.0, small JPEG 1.4 / 1.5 / 0.6, where our exact resize in numpy is most of it. Two integer-first resizes by
+Pillow's `reduce` were tried and were slower at equal error, so BOX and the exact step stay.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def decode(data: bytes, size_px: tuple[int, int], caps: ImageCaps) -> DecodedIma
     """Pixels of `size_px` (height, width), or the failure that quarantines the row. Safe in threads; same bytes, same
     answer. Alpha is composited on white, EXIF orientation applied, GIF, WebP and APNG give their first frame.
 
-    A file without its end (PNG IEND, JPEG EOI, WebP's RIFF size) is `truncated` even where all pixels are there. What
-    no decoder can tell stays: a JPEG or GIF whose data says "end" early is drawn as far as it goes, as browsers do.
+    A file without its end (PNG IEND, JPEG EOI, WebP's RIFF size) is `truncated` even where all pixels are there. So
+    is a JPEG scan that was cut and closed again, unless it is CMYK or has stray bytes before the cut. What nobody can
+    tell stays: any bytes are pixels of a BMP, and a GIF whose data says "end" early is drawn as far as it goes.
     """
     # Pillow's wording is for people; the code is what counts. Nothing may leave here, whatever the bytes.
     try:
