@@ -255,7 +255,8 @@ def _watch(
             attempt.outage_after = None
         if now - peeked >= PEEK_S:
             peeked = now
-            world.check_readers(partition)
+            if world.has_manifest(partition):
+                world.check_readers(partition)
         if now > ground.limit_s:
             raise Violation(f"the run did not end in {ground.limit_s:.0f} s")
         time.sleep(0.01)
