@@ -42,7 +42,7 @@ Jobs.
     comparison.py     two nights side by side: what changed, and whether it matters
     charts.py         histogram and throughput as inline SVG
     report_page.py    the run report as HTML
-    report.py         thumbnails and the night before -> report.html
+    report.py         thumbnails and the night before -> _report.html
     stages.py         fetch and decode -> predict -> commit, for one shard
     runners.py        the stages over all shards in this process
     ray_runner.py     the same by Ray Data over a cluster

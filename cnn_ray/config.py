@@ -89,6 +89,8 @@ class ScoreConfig(ModelConfig):
     """Ray runner: how many predictors run side by side; 0 means one for each GPU share, or one a node without GPUs."""
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """Ray runner: GPUs for each predictor; fractions are allowed."""
+    report: bool = True
+    """Write _report.html, for people, into the partition at the end; it fetches the images that it shows once more."""
     lease_s: Annotated[float, Field(ge=2)] = 60
     """How long a run that died silently blocks the partition for others."""
 

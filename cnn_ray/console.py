@@ -187,6 +187,15 @@ def print_score_result(result: ScoreResult, console: Console) -> None:
     elif manifest.generation > 1:
         say(console, f"Generation {manifest.generation}: {describe_changes(result.changes)}.")
     say(console, f"Parquet: {result.partition_uri}")
+    if not result.already_done and result.attempt.wait_share is not None:
+        say(console, f"Predictors waited {result.attempt.wait_share:.0%} of their time for images.")
+    if result.report_uri is not None:
+        print_report(result.report_uri, console)
+
+
+def print_report(uri: str, console: Console) -> None:
+    """Afterwards the console says where the run's report lies."""
+    say(console, f"Report: {uri}")
 
 
 def print_runs(found: Sequence[RunSummary], console: Console) -> None:
@@ -259,11 +268,6 @@ def reading_of_psi(value: float) -> str:
     if value < 0.1:
         return "no shift to speak of"
     return "a shift worth a look" if value < 0.25 else "another population"
-
-
-def print_report(uri: str, console: Console) -> None:
-    """Afterwards the console says where the run's report lies."""
-    say(console, f"Report: {uri}")
 
 
 def print_epoch(metrics: Mapping[str, Any], console: Console) -> None:

@@ -1,7 +1,7 @@
 """Encoded bytes -> pixels in child processes, because images come from attackers and decoders have bugs.
 
-Each child decodes one file at a time, so a crash names its file: that file alone is tried again in a fresh child and, if
-that one dies too, is a row failure; no shard is lost and nothing has to be bisected. A child has no credentials in its
+Each child decodes one file at a time, so a crash names its file: it alone is tried again in a fresh child and, if that
+one dies too, is a row failure; no shard is lost and nothing has to be bisected. A child has no credentials in its
 environment, no file to write to, and a limit on its memory. Bytes and pixels pass through shared memory, which costs
 less than the threads of one process lose to each other. This module's main is the child.
 """

@@ -1,4 +1,4 @@
-"""`report.html` of a run: gathers what the page shows, thumbnails and the night before among it, and puts it in place.
+"""`_report.html` of a run: gathers what the page shows, thumbnails and the night before among it, and puts it in place.
 
 The results are committed before the report is made, so nothing here may end a run: what cannot be had is told on the
 page, and a page that cannot be written is a warning in the log.
@@ -33,7 +33,8 @@ from cnn_ray.tallies import TopRow
 
 __all__ = ["REPORT", "ReportData", "build_report", "previous_night", "write_report"]
 
-REPORT = "report.html"
+REPORT = "_report.html"
+"""With `_` in front, because readers of the folder take every other name for Parquet."""
 LOOK_BACK_DAYS = 31
 SIDE_PX = 240
 MOST_JPEG_BYTES = 20_000
@@ -76,8 +77,8 @@ def write_report(
     wait_share: float | None,
     config: ScoreConfig,
     artifact: Artifact,
-) -> None:
-    """Afterwards `report.html` is in the partition; where it cannot be, a warning is in the log. Nothing is raised."""
+) -> bool:
+    """Whether `_report.html` is in the partition now; where it cannot be, a warning is in the log. Nothing is raised."""
     try:
         night = Night.model_validate(manifest.model_dump(mode="json"))
         earlier = _earlier(config, manifest)
@@ -99,6 +100,8 @@ def write_report(
         partition.store.put(REPORT, page.encode("utf-8", "backslashreplace"))
     except Exception as error:  # noqa: BLE001 - the night is committed: a page about it must not make it a failure
         log.warning("no %s in %s: %s: %s", REPORT, partition.uri, type(error).__name__, error)
+        return False
+    return True
 
 
 def _versions(output_uri: str, day: Date, model: str, version: int) -> list[int]:

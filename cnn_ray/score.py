@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 
@@ -78,6 +78,7 @@ class ScoreResult:
     already_done: bool
     changes: Changes
     attempt: Attempt
+    report_uri: str | None = None
 
     @property
     def resumed_rows(self) -> int:
@@ -105,9 +106,6 @@ class DryRun:
     changes: Changes
 
 
-ReportWriter = Callable[[Partition, Manifest, Attempt, ScoreConfig, Artifact], None]
-
-
 @dataclass(frozen=True)
 class _Job:
     config: ScoreConfig
@@ -125,11 +123,7 @@ class _Owed:
     changes: Changes = field(default_factory=Changes)
 
 
-def run_score(
-    config: ScoreConfig,
-    on_progress: Callable[[Progress], None] | None = None,
-    write_report: ReportWriter | None = None,
-) -> ScoreResult:
+def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | None = None) -> ScoreResult:
     """The finished run of the configuration; where nothing is owed, the one that is there.
 
     A run that finishes an open generation looks at the input afterwards, so that one command always ends up to date.
@@ -152,8 +146,7 @@ def run_score(
         result: ScoreResult | None = None
         while owed.plan is not None:
             result, plan = _run_generation(job, owed.plan, owed.changes, on_progress)
-            if write_report is not None:
-                write_report(job.partition, result.manifest, result.attempt, config, job.artifact)
+            result = _reported(job, result)
             _refuse_quarantine(result.manifest, job.partition.uri)
             if not owed.resumes:
                 break
@@ -341,6 +334,8 @@ def _score_pending(job: _Job, plan: Plan, totals: _Totals, on_progress: Callable
     config = job.config
     run = run_ray if wants_ray(config) else run_local
     start, rate, timeline = time.monotonic(), 0.0, Timeline()
+    if on_progress is not None:  # what was there before is no progress of this run
+        on_progress(Progress(resumed_rows, plan.planned_rows, totals.tally.quarantined, 0.0))
     for record in run(_stage_context(job, plan), pending, config):
         totals.add(record)
         seconds = time.monotonic() - start
@@ -349,6 +344,23 @@ def _score_pending(job: _Job, plan: Plan, totals: _Totals, on_progress: Callable
         if on_progress is not None:
             on_progress(Progress(totals.tally.rows, plan.planned_rows, totals.tally.quarantined, rate))
     return Attempt(started_at, resumed_rows, rate, totals.wait_s, totals.busy_s, timeline.points)
+
+
+def _reported(job: _Job, result: ScoreResult) -> ScoreResult:
+    """The result with the location of its report, which was written now; unchanged where none is wanted or possible."""
+    if not job.config.report:
+        return result
+    from cnn_ray.report import REPORT, write_report  # not before the first images are scored
+
+    written = write_report(
+        job.partition,
+        result.manifest,
+        timeline=result.attempt.timeline,
+        wait_share=result.attempt.wait_share,
+        config=job.config,
+        artifact=job.artifact,
+    )
+    return replace(result, report_uri=job.partition.store.uri_of(REPORT)) if written else result
 
 
 def _recover(job: _Job, plan: Plan, totals: _Totals) -> list[Shard]:

@@ -18,7 +18,7 @@ from cnn_ray.tallies import tally_of
 
 def config(models: str, source, output, **changes) -> ScoreConfig:
     settings = {"model": "small@1", "models_uri": models, "input_uri": str(source), "output_uri": str(output)}
-    return ScoreConfig(**{**settings, "shard_size": 8, "runner": "local", **changes})
+    return ScoreConfig(**{**settings, "shard_size": 8, "runner": "local", "report": False, **changes})
 
 
 def images_of(folder: Path) -> dict[str, bytes]:

@@ -36,7 +36,7 @@ from cnn_ray.storage import LocalStore, open_store
 
 def config(models: str, source, output, **changes) -> ScoreConfig:
     settings = {"model": "small@1", "models_uri": models, "input_uri": str(source), "output_uri": str(output)}
-    return ScoreConfig(**{**settings, "shard_size": 8, "runner": "local", **changes})
+    return ScoreConfig(**{**settings, "shard_size": 8, "runner": "local", "report": False, **changes})
 
 
 def partition(output) -> str:
@@ -74,7 +74,9 @@ def test_rows_hold_what_the_predictor_says(tmp_path, small_models, small_artifac
 
 def test_plain_readers_see_one_table(tmp_path, small_models):
     source = write_images(tmp_path / "in", 20, bad=1)
-    uri = score.run_score(config(small_models, source, tmp_path / "out", date="2026-11-23")).partition_uri
+    settings = config(small_models, source, tmp_path / "out", date="2026-11-23", report=True)
+    uri = score.run_score(settings).partition_uri
+    assert (Path(uri) / "_report.html").is_file()
     by_manifest = outputs.read(uri)
     plain = pyarrow.dataset.dataset(tmp_path / "out", partitioning="hive").to_table()
     assert plain.select(["uri", "label", "score"]).equals(by_manifest.select(["uri", "label", "score"]))

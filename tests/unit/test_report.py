@@ -331,7 +331,7 @@ def test_report_of_a_run_holds_small_pictures_of_what_was_scored(tmp_path, small
     Path(full.top[0].uri).unlink()
     Path(full.top[1].uri).write_bytes(image_bytes(7))
     write_report(partition, full, timeline=[(0, 0), (2, 4)], wait_share=0.25, config=config, artifact=small_artifact)
-    page = Page((tmp_path / "out/model=shots/version=3/report.html").read_text())
+    page = Page((tmp_path / "out/model=shots/version=3/_report.html").read_text())
     assert [tag for tag, _ in page.tags].count("img") == 2
     assert "No picture: it is no longer there" in page.texts
     assert "No picture: it changed after it was scored" in page.texts
@@ -369,7 +369,7 @@ def test_a_report_that_cannot_be_written_is_a_warning_and_no_failure(tmp_path, s
     with caplog.at_level(logging.WARNING):
         write_report(partition, full, timeline=[], wait_share=None, config=config, artifact=small_artifact)
     assert "disk full" in caplog.text
-    assert not list((tmp_path / "out").rglob("report.html"))
+    assert not list((tmp_path / "out").rglob("*report.html"))
 
 
 # ---- in a browser
