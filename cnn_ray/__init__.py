@@ -11,8 +11,11 @@ Domain: no clock, network, Ray or TensorFlow.
 Bytes in, bytes out.
     storage_base.py   the interface of a store, and what its implementations share
     storage_retry.py  which failures are tried again, how often and how long
+    storage_pages.py  a page of an S3 listing as Arrow columns
+    storage_ranges.py a long S3 listing in order, many ranges of names at once
     storage_s3.py     S3
     storage.py        local folders; open_store(uri)
+    memory.py         what a process does with memory that it frees
     image_files.py    what a file is, from its first bytes
     images.py         encoded bytes -> uint8 RGB of the model's size, or a row failure
     decoders.py       the same in child processes: a decoder that crashes costs one file

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnn_ray.errors import UnavailableError
-from cnn_ray.images import DecodedImage, ImageCaps, decode
+from cnn_ray.images import DecodedImage, ImageCaps, decode, warm_up
+from cnn_ray.memory import keep_freed_memory
 from cnn_ray.records import QuarantineCode, RowFailure
 
 ANSWER_S = 120.0
@@ -289,6 +290,8 @@ def _child_main(arguments: list[str]) -> NoReturn:
     # Whatever a library prints goes nowhere: the answers have a descriptor of their own.
     answers = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    keep_freed_memory()
+    warm_up()
     _limit_resources(caps, pixel_bytes + max_bytes)
     os.write(answers, _READY)
     while request := os.read(0, _REQUEST.size):

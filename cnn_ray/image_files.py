@@ -7,6 +7,7 @@ Standard library and libdeflate. Specs: PNG (W3C), JPEG (ITU T.81), WebP (RFC 96
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import zlib
@@ -212,8 +213,13 @@ def png_stored(image: ImageFile) -> bytes | None:
     # Six times as fast as zlib's.
     blocks.append(struct.pack(">I", deflate.adler32(inflated)))  # pyright: ignore[reportUnknownMemberType]
     length = sum(len(block) for block in blocks)
-    # The walk has checked the sums of the file; Pillow asks for none of IDAT.
-    return b"".join([*head, struct.pack(">I4s", length, b"IDAT"), *blocks, bytes(4), _PNG_END])
+    crc = functools.reduce(lambda total, block: deflate.crc32(block, total), blocks, deflate.crc32(b"IDAT"))  # pyright: ignore[reportUnknownMemberType, reportUnknownLambdaType]
+    return b"".join([*head, struct.pack(">I4s", length, b"IDAT"), *blocks, struct.pack(">I", crc), _PNG_END])
+
+
+def png_kind(image: ImageFile) -> tuple[int, int, bool]:
+    """Bit depth, colour type and whether there is a transparent colour, from a PNG's clean bytes."""
+    return image.clean[24], image.clean[25], b"tRNS" in image.clean[: image.clean.index(b"IDAT")]
 
 
 def _walk_jpeg(data: bytes) -> ImageFile:

@@ -3,11 +3,8 @@
 `cnn_ray.image_files` walks each file first, and only the parts that make pixels come here: text, ICC, EXIF, APNG and
 comments cost neither memory nor a warning. Pillow's global limits are not asked: `ImageCaps` alone decides.
 
-CPU ms per image to 224x224 (`tests/bench/decode.py`), one thread, median of 9 in turns on 2 busy shared cores; ours /
-Pillow 13 alone with the same resize / cv2.imdecode + INTER_AREA. Drawn 1366x768: PNG 5.7 / 5.8 / 5.5, JPEG
-2.7 / 2.9 / 3.6. Real: PNG RGB 3.7 / 5.3 / 4.5, RGBA 7.1 / 9.2 / 7.3 (cv2 drops the alpha), palette 2.4 / 2.8 / 2.0,
-small JPEG 1.4 / 1.5 / 0.6, where our exact resize in numpy is most of it. Pillow's `reduce` by the whole ratio before
-the exact step took 1.4 ms instead of 1.9 and was 1.75 levels off (mean over 12 pages) instead of 0.17: not taken.
+CPU ms per image by kind, against Pillow and OpenCV alone: `tests/bench/decode.py`. PNG is inflated by libdeflate, its
+filters undone by OpenCV or Pillow; JPEG is libjpeg-turbo's; OpenCV does what shrinks. All give equal pixels, by test.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
@@ -30,12 +28,12 @@ from cnn_ray import image_files
 from cnn_ray.image_files import ALLOWED_FORMATS, ImageFile, RefusedError
 from cnn_ray.records import QuarantineCode, RowFailure
 
-__all__ = ["ALLOWED_FORMATS", "RESIZE_RULE", "DecodedImage", "ImageCaps", "decode", "thumbnail"]
+__all__ = ["ALLOWED_FORMATS", "RESIZE_RULE", "DecodedImage", "ImageCaps", "decode", "thumbnail", "warm_up"]
 
 RESIZE_RULE = "stretch_area"
 """Stretched to the model's size, no letterbox; each output pixel is the mean of the area it covers."""
 
-_BOX_FROM = 5  # from this ratio on whole pixels per output pixel are near enough, and Pillow's C loop does it
+_HALVE_FROM = 3  # source pixels per output pixel on both axes from which halving first is near enough
 _SENTINEL = {"RGB": (91, 17, 203), "RGBA": (91, 17, 203, 171), "LA": (91, 171), "I;16": 23_456}
 # The plugins themselves, not Image.open: no other format is tried, no MPO is adopted, no global limit or warning asked.
 _PLUGINS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "WEBP": WebPImageFile, "BMP": BmpImageFile, "GIF": GifImageFile}
@@ -125,8 +123,12 @@ def _decode(data: bytes, size_px: tuple[int, int], caps: ImageCaps) -> DecodedIm
     target = (size_px[1], size_px[0]) if swap else size_px
     # Turning the small result is the same as turning the large original, and far cheaper.
     pixels = _jpeg(source, target) if source.format == "JPEG" else None
+    # Pillow inflates row by row; libdeflate all at once takes a fraction of that and proves that no row is missing.
+    stored = image_files.png_stored(source) if source.format == "PNG" else None
+    if stored is not None:
+        pixels = _png(source, stored, target)
     if pixels is None:
-        pixels = _by_pillow(source, target)
+        pixels = _by_pillow(source, stored, target)
     if swap:
         pixels, width, height = pixels.transpose(1, 0, 2), height, width
     pixels = pixels[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
@@ -154,8 +156,7 @@ def _jpeg(source: ImageFile, target: tuple[int, int]) -> np.ndarray | None:
         return None
     if pixels.shape[:2] != (-(-source.height // scale), -(-source.width // scale)):
         return None
-    image = Image.fromarray(pixels[..., 0] if source.components == 1 else pixels)
-    return _resize(image, target, (source.width / scale, source.height / scale))
+    return _resize(pixels, target, (source.width / scale, source.height / scale))
 
 
 def _jpeg_scale(source: ImageFile, target: tuple[int, int]) -> int:
@@ -167,10 +168,42 @@ def _jpeg_scale(source: ImageFile, target: tuple[int, int]) -> int:
     return next(scale for scale in (8, 4, 2, 1) if scale <= max(ratio, 1))
 
 
-def _by_pillow(source: ImageFile, target: tuple[int, int]) -> np.ndarray:
+def _png(source: ImageFile, stored: bytes, target: tuple[int, int]) -> np.ndarray | None:
+    """uint8 [H, W, 3] of `target` (height, width); None for what is left to Pillow: all but opaque 8-bit RGB(A).
+
+    OpenCV gives packed pixels, where Pillow has four bytes each that numpy must copy. It gives half an image for a
+    file that is cut, so it only sees files whose rows were counted.
+    """
+    if source.interlaced or image_files.png_kind(source) not in ((8, 2, False), (8, 6, False)):
+        return None
+    cv2 = _opencv()
+    pixels = cv2.imdecode(np.frombuffer(stored, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.shape[:2] != (source.height, source.width) or pixels.dtype != np.uint8:
+        return None
+    if pixels.shape[2] == 4 and not _flattened(pixels):
+        return None
+    # The colours change places after the resize, which treats them alike.
+    return np.ascontiguousarray(_resize(pixels[..., :3], target, (source.width, source.height))[..., ::-1])
+
+
+def _flattened(pixels: np.ndarray) -> bool:
+    """Whether the colours of uint8 [H, W, 4] are composited on white now; False, and nothing done, where too many
+    pixels are transparent for numpy to be quicker than Pillow. The arithmetic is Pillow's."""
+    clear = pixels[..., 3] < 255
+    count = np.count_nonzero(clear)
+    if count * 8 > clear.size:
+        return False
+    if count:
+        some = pixels[clear].astype(np.uint32)
+        alpha = some[:, 3:]
+        total = some[:, :3] * alpha + 255 * (255 - alpha) + 128
+        some[:, :3] = ((total >> 8) + total) >> 8
+        pixels[clear] = some
+    return True
+
+
+def _by_pillow(source: ImageFile, stored: bytes | None, target: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] of `target` (height, width)."""
-    # Pillow inflates row by row; libdeflate all at once takes a fraction of that and proves that no row is missing.
-    stored = image_files.png_stored(source) if source.format == "PNG" else None
     with _PLUGINS[source.format](BytesIO(stored or source.clean)) as image:
         if image.size != (source.width, source.height):
             raise RefusedError(QuarantineCode.DECODE_ERROR, f"{source.format} header gives two sizes")
@@ -179,7 +212,7 @@ def _by_pillow(source: ImageFile, target: tuple[int, int]) -> np.ndarray:
             box = image.size
         else:
             box = _load(image, source, target)
-        return _resize(_flatten(image, source), target, box)
+        return _resize(np.asarray(_flatten(image, source)), target, box)
 
 
 def _load(image: Image.Image, source: ImageFile, target: tuple[int, int]) -> tuple[float, float]:
@@ -241,25 +274,59 @@ def _flatten(image: Image.Image, source: ImageFile) -> Image.Image:
     return image
 
 
-def _resize(image: Image.Image, target: tuple[int, int], box: tuple[float, float]) -> np.ndarray:
-    """uint8 [H, W, 3] of `target` (height, width). Pillow's BOX counts whole pixels only: good at large ratios and
-    poor at small ones (5.6 levels off at 256 -> 224), so axes below `_BOX_FROM` are averaged exactly here."""
+def _resize(pixels: np.ndarray, target: tuple[int, int], box: tuple[float, float]) -> np.ndarray:
+    """uint8 [H, W, 3] of `target` (height, width) from the `box` (width, height) of uint8 [H, W] or [H, W, C].
+
+    Two steps: halves while there are three or more pixels per output pixel, at a tenth of the cost of anything else,
+    then the exact mean of areas. Halving blurs the borders of areas: real 1366x768 pages are 0.8 levels off on average,
+    single pixels of text up to 40. What must grow, or ends with a fraction of a pixel, is averaged in numpy.
+    """
     height, width = target
-    wide, high = box[0] >= _BOX_FROM * width, box[1] >= _BOX_FROM * height
-    if wide or high:
-        between = (width if wide else image.width, height if high else image.height)
-        region = (0, 0, box[0] if wide else image.width, box[1] if high else image.height)
-        image = image.resize(between, Image.Resampling.BOX, box=region)
-    pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
-    if not high:
-        pixels = _mean_axis(pixels, 0, box[1], height)
-    if not wide:
-        pixels = _mean_axis(pixels, 1, box[0], width)
-    if pixels.dtype != np.uint8:
-        pixels = (pixels + np.float32(0.5)).astype(np.uint8)
+    rows, columns = pixels.shape[:2]
+    fewer_rows, fewer_columns = height <= rows == box[1], width <= columns == box[0]
+    if fewer_rows and fewer_columns:
+        pixels = _shrink(pixels, target)
+    else:
+        if (fewer_rows and height < rows) or (fewer_columns and width < columns):
+            size = (width if fewer_columns else columns, height if fewer_rows else rows)
+            shape = (size[1], size[0], pixels.shape[2])
+            pixels = _opencv().resize(pixels.astype(np.float32), size, interpolation=_opencv().INTER_AREA)
+            pixels, box = (
+                pixels.reshape(shape),
+                (size[0] if fewer_columns else box[0], size[1] if fewer_rows else box[1]),
+            )
+        pixels = _mean_axis(_mean_axis(pixels, 0, box[1], height), 1, box[0], width)
+        if pixels.dtype != np.uint8:
+            pixels = (pixels + np.float32(0.5)).astype(np.uint8)
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
+
+
+def _shrink(pixels: np.ndarray, target: tuple[int, int]) -> np.ndarray:
+    cv2 = _opencv()
+    height, width = target
+    rows, columns, channels = pixels.shape
+    while rows % 2 == columns % 2 == 0 and rows >= _HALVE_FROM * height and columns >= _HALVE_FROM * width:
+        rows, columns = rows // 2, columns // 2
+        pixels = cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_AREA)
+    if (rows, columns) != target:
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    return pixels.reshape(height, width, channels)
+
+
+@lru_cache(maxsize=1)
+def _opencv() -> Any:
+    """OpenCV, with one thread a call: the processes are as many as the cores."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def warm_up() -> None:
+    """Everything that decoding imports late is there."""
+    _opencv()
 
 
 def _mean_axis(pixels: np.ndarray, axis: int, extent: float, count: int) -> np.ndarray:

@@ -7,7 +7,6 @@ silent change of the answers.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from cnn_ray.artifact import OPENVINO_FILES, WEIGHTS, Artifact, fetch_files
 from cnn_ray.config import ModelDefinition
 from cnn_ray.errors import ArtifactError, ConfigError
+from cnn_ray.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import keras
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 Pixels: TypeAlias = NDArray[np.uint8]
 Scores: TypeAlias = NDArray[np.float32]
 Compute: TypeAlias = Callable[[Pixels], Scores]
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 PRECISIONS = {"openvino": ("f32", "bf16"), "tensorflow": ("f32", "mixed_bfloat16", "mixed_float16")}
 """What each engine can be asked for."""
@@ -149,18 +147,6 @@ def openvino_precisions() -> tuple[str, ...]:
 def cpu_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def keep_freed_memory() -> None:
-    """Afterwards glibc keeps what this process frees, up to half a GiB, instead of giving it back to the kernel.
-
-    Inference frees and takes the same megabytes for every image; by default each round is some 5,000 page faults, a
-    third of the time of an EfficientNetB0 (53 against 36 ms). Other C libraries have no mallopt and are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * 1024**2)  # the largest that glibc accepts
-        mallopt(_M_TRIM_THRESHOLD, 512 * 1024**2)
 
 
 def compile_openvino(path: str, precision: str, num_threads: int, *, one_stream: bool = False) -> Compute:

@@ -78,7 +78,7 @@ def write_report(
     config: ScoreConfig,
     artifact: Artifact,
 ) -> bool:
-    """Whether `_report.html` is in the partition now; where it cannot be, a warning is in the log. Nothing is raised."""
+    """Whether `_report.html` is in the partition now; a warning says why not. Nothing is raised."""
     try:
         night = Night.model_validate(manifest.model_dump(mode="json"))
         earlier = _earlier(config, manifest)

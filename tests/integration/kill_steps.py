@@ -68,6 +68,7 @@ def main() -> None:
             shard_size=8,
             num_threads=1,
             max_quarantine_rate=0.1,
+            report=False,  # it comes after all that is committed
         )
         first = run_in_child(config, number or None, log)
         again = run_in_child(config, None, log.with_suffix(".again"))
