@@ -1,5 +1,8 @@
 """The Ray runner against the local one, its oracle: equal bytes from folders and from S3, and the same errors."""
 
+import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +13,8 @@ from cnn_ray import outputs, score
 from cnn_ray.artifact import load_artifact
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ArtifactError, UnavailableError
-from cnn_ray.ray_session import connected
 from cnn_ray.ray_runner import run_ray
+from cnn_ray.ray_session import connected
 from cnn_ray.storage import open_store
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -53,6 +56,34 @@ def upload(folder: Path, uri: str) -> str:
 @pytest.fixture
 def images(tmp_path) -> Path:
     return write_images(tmp_path / "in", 40, bad=3)
+
+
+def test_prometheus_counts_what_was_committed(tmp_path, small_models, images):
+    """First in this file: workers report some seconds late, and the counts of another run would be among these."""
+    import ray
+
+    manifest = score.run_score(config(small_models, images, tmp_path / "out", "ray")).manifest
+    deadline = time.monotonic() + 60
+    while sum((found := metrics(ray))[name] for name in ("scored", "quarantined")) < 43 and time.monotonic() < deadline:
+        time.sleep(1)
+    assert found["scored"] == manifest.scored == 40
+    assert found["quarantined"] == manifest.quarantined == 3
+    assert found["working"] > 0
+
+
+def metrics(ray) -> Counter[str]:
+    """Sums over all workers, from the page that Prometheus reads."""
+    node = ray.nodes()[0]
+    with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    found: Counter[str] = Counter()
+    for line in lines:
+        name, value = line.partition("{")[0], line.rpartition(" ")[2]
+        if name in ("ray_cnn_ray_rows_scored_total", "ray_cnn_ray_rows_quarantined_total"):
+            found[name.split("_")[4]] += int(float(value))
+        elif name == "ray_cnn_ray_predictor_seconds_total" and 'state="working"' in line:
+            found["working"] += float(value)  # type: ignore[assignment]
+    return found
 
 
 def test_local_and_ray_write_equal_bytes(tmp_path, small_models, images):
