@@ -22,6 +22,7 @@ Bytes in, bytes out.
     lease.py          who works on a partition now
     tallies.py        counts, score histogram and examples of a part; they add up
     sorted_rows.py    streams of tables sorted by uri, walked in step
+    manifests.py      what a committed shard and a finished generation say of themselves
     outputs.py        commit a part, its quarantine and the manifest; read back what is committed
     inputs.py         INPUT -> sorted (uri, etag, size_bytes)
     generations.py    what a finished partition owes to its input as it is now; what that supersedes
@@ -49,6 +50,7 @@ Jobs.
     stages.py         fetch and decode -> predict -> commit, for one shard
     runners.py        the stages over all shards in this process
     ray_runner.py     the same by Ray Data over a cluster
+    planning.py       what a run owes: frozen settings, and the plan that is open or comes next
     score.py          plan -> pending shards -> manifest
     serve.py          the Ray Serve application
     drawing.py        labelled synthetic screenshots

@@ -22,16 +22,20 @@ import stat
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote, unquote, unquote_to_bytes
 
+import pyarrow as pa
+
 from cnn_ray.errors import AccessDeniedError, ConfigError, NotFoundError, StorageError
+from cnn_ray.records import LISTING_SCHEMA
 from cnn_ray.storage_base import (
     COPY_BYTES,
+    LIST_BATCH_ROWS,
     OWN_PREFIX,
     ObjectInfo,
-    Row,
     Store,
     changed,
     check_key,
@@ -44,6 +48,8 @@ from cnn_ray.storage_s3 import S3Store
 __all__ = ["LocalStore", "ObjectInfo", "S3Store", "Store", "open_store", "split_uri"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_Row = tuple[str, str, int]
+"""Key, etag and size in bytes of one listed file."""
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # non-blocking: opening a FIFO must not hang
 
 
@@ -105,7 +111,15 @@ class LocalStore(Store):
                 f"Expected a folder with a UTF-8 name. Received: {folder!r}. Next: rename it or link to it."
             ) from error
 
-    def _rows(self, prefix: str) -> Iterator[Row]:
+    def list(self, prefix: str = "") -> Iterator[pa.Table]:
+        """See `Store.list`."""
+        rows = self._rows(prefix)
+        while batch := list(islice(rows, LIST_BATCH_ROWS)):
+            keys, etags, sizes = zip(*batch, strict=True)
+            uris = [f"{self.uri.rstrip('/')}/{key}" for key in keys]
+            yield pa.Table.from_arrays([pa.array(uris), pa.array(etags), pa.array(sizes)], schema=LISTING_SCHEMA)
+
+    def _rows(self, prefix: str) -> Iterator[_Row]:
         if prefix:
             check_key(prefix)
         with _explained(self.uri):
@@ -234,7 +248,7 @@ def _encoded(name: bytes) -> str:
         return quote(name)
 
 
-def _walk(root: Path, folder: bytes, at: str, prefix: str) -> Iterator[Row]:
+def _walk(root: Path, folder: bytes, at: str, prefix: str) -> Iterator[_Row]:
     """Rows below `folder`, whose key is `at`, in byte order of the whole key.
 
     A folder sorts as its name with "/" behind it, which is what puts `a-b` before `a/b` as S3 does.
@@ -257,7 +271,7 @@ def _walk(root: Path, folder: bytes, at: str, prefix: str) -> Iterator[Row]:
             yield from _row(root, key, entry)
 
 
-def _row(root: Path, key: str, entry: os.DirEntry[bytes]) -> Iterable[Row]:
+def _row(root: Path, key: str, entry: os.DirEntry[bytes]) -> Iterable[_Row]:
     """The row of a regular file or of a link to one below `root`; nothing for the rest, or for a file gone by now."""
     try:
         if entry.is_symlink() and not Path(os.fsdecode(entry.path)).resolve().is_relative_to(root):

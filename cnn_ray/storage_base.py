@@ -13,16 +13,14 @@ import errno
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 
-from cnn_ray import records
 from cnn_ray.errors import (
     AccessDeniedError,
     ChangedError,
@@ -36,11 +34,8 @@ from cnn_ray.errors import (
 OWN_PREFIX = ".cnn_ray-"
 """Names of our temporary and lock files begin with this; no listing shows them."""
 
-LIST_BATCH_ROWS = 50_000
+LIST_BATCH_ROWS = 16_384
 COPY_BYTES = 1 << 20
-
-Row = tuple[str, str, int]
-"""Key, etag and size in bytes of one listed object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +60,7 @@ class Store(ABC):
         """Location of `key`, as listings and score files name it."""
         return f"{self.uri.rstrip('/')}/{key}"
 
+    @abstractmethod
     def list(self, prefix: str = "") -> Iterator[pa.Table]:
         """Everything whose key begins with `prefix`, as tables of `records.LISTING_SCHEMA` in byte order of the key.
 
@@ -74,13 +70,6 @@ class Store(ABC):
         Raises:
             NotFoundError: the folder or bucket does not exist. A prefix without objects yields nothing.
         """
-        rows = iter(self._rows(prefix))
-        while batch := list(islice(rows, LIST_BATCH_ROWS)):
-            columns = [[self.uri_of(key) for key, _, _ in batch], [row[1] for row in batch], [row[2] for row in batch]]
-            yield pa.table(columns, schema=records.LISTING_SCHEMA)
-
-    @abstractmethod
-    def _rows(self, prefix: str) -> Iterable[Row]: ...
 
     @abstractmethod
     def keys(self, prefix: str = "") -> list[str]:
