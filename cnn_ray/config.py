@@ -73,8 +73,10 @@ class ScoreConfig(ModelConfig):
     """local (this process), ray (a cluster, or a local Ray), or auto: ray when RAY_ADDRESS is set."""
     limit: PositiveInt | None = None
     """Score only the first N images, to try things out; such an output never becomes a full run."""
-    shard_size: Annotated[int, Field(ge=1, le=4096)] = 256
-    """Images per shard: the unit of work, of retry and of output (one Parquet part each)."""
+    shard_size: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Images per shard: the unit of work, of retry and of output (one Parquet part each). 0: 32, 64 and 128, so that
+    something is committed soon, then 256 each; 512 from the 65th shard on and 1,024 from the 129th (fewer where their
+    pixels are more than 256 MiB), which makes some 1,060 parts of a million images."""
     batch_size: PositiveInt = 32
     """Images per call of the tensorflow engine; openvino computes one image per thread at a time."""
     max_quarantine_rate: Rate = 0.05

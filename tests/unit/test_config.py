@@ -33,7 +33,7 @@ def test_unknown_key_names_the_nearest():
         ({"date": "2026-13-01"}, "date"),
         ({"date": "20261101"}, "Expected a date like"),
         ({"input_uri": "s3://b/{date}"}, "Expected --date"),
-        ({"shard_size": 0}, "shard_size"),
+        ({"shard_size": -1}, "shard_size"),
         ({"max_quarantine_rate": 2}, "max_quarantine_rate"),
         ({"runner": "spark"}, "runner"),
     ],

@@ -16,8 +16,22 @@ from cnn_ray.storage_pages import ListingPage, parse_page
 from cnn_ray.storage_ranges import RangeLister
 
 ROOT = "s3://bucket/"
-ODD = ["a b", "a+b", "100%", "a%20b", "a&b", "a<b>", "a'\"b", "ünï/日本", "\U0001f600", "line\nfeed\r\n", "\t", "a=b/c:d", "~*|^`",
-       "Contents>", "<![CDATA[", "</Key>", "nul\0", "\x01", "", "p/", "p/x/"]  # fmt: skip
+ODD = [
+    "a b",
+    "a+b",
+    "100%",
+    "a%20b",
+    "a&b",
+    "a<b>",
+    "a'\"b",
+    "ünï/日本",
+    "\U0001f600",
+    "line\nfeed\r\n",
+    "\t",
+    "a=b/c:d",
+]
+ODD += ["~*|^`", "Contents>", "<![CDATA[", "</Key>", "nul\0", "\x01", "", "p/", "p/x/"]
+URL = "<EncodingType>url</EncodingType>"
 
 
 def page(

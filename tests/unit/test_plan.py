@@ -1,9 +1,22 @@
+import threading
+
 import pyarrow as pa
 import pytest
 
+import cnn_ray.plan as plan_module
 from cnn_ray.errors import ConfigError
 from cnn_ray.partitions import fill_date, partition_uri
-from cnn_ray.plan import Frozen, make_plan, page_rows, pending_shards, refuse_other_settings, shard_rows, shards_of
+from cnn_ray.plan import (
+    Frozen,
+    auto_shard_size,
+    largest_shard,
+    make_plan,
+    page_rows,
+    pending_shards,
+    refuse_other_settings,
+    shard_rows,
+    shards_of,
+)
 from cnn_ray.records import LISTING_SCHEMA
 
 
@@ -41,6 +54,72 @@ def test_every_row_is_in_exactly_one_shard_in_order():
     assert [s.index for s in shards] == list(range(501))
     assert len(pages) == 4
     assert plan.planned_rows == 50_001
+
+
+def test_automatic_shards_begin_short_and_are_a_function_of_their_number():
+    pages = {}
+    plan = make_plan([listing(60_000)], frozen(shard_size=0), pages.__setitem__)
+    rows = [shard_rows(pages[s.page], s.index) for s in shards_of(plan)]
+    assert pa.concat_tables(rows).equals(listing(60_000))
+    sizes = [t.num_rows for t in rows]
+    assert sizes[:64] == [32, 64, 128] + [256] * 61
+    assert sizes[64:128] == [512] * 64
+    assert sizes[128:-1] == [1024] * 11
+    assert all(page.rows <= plan_module.ROWS_PER_PAGE for page in plan.pages)
+
+
+def test_a_million_rows_make_the_number_of_parts_that_is_promised():
+    def parts(rows, largest=1024):
+        shard = 0
+        while rows > 0:
+            rows, shard = rows - auto_shard_size(shard, largest), shard + 1
+        return shard
+
+    assert parts(1_000_000) == 1058
+    assert parts(10) == 1
+
+
+def test_no_automatic_shard_is_longer_than_the_largest():
+    pages = {}
+    plan = make_plan([listing(2_000)], frozen(shard_size=0, largest_shard=50), pages.__setitem__)
+    sizes = [shard_rows(pages[s.page], s.index).num_rows for s in shards_of(plan)]
+    assert sizes == [32] + [50] * 39 + [18]
+    assert largest_shard(224, 224) == 1024
+    assert largest_shard(640, 640) == 218
+    assert largest_shard(100_000, 100_000) == 1
+
+
+def test_pages_say_which_uris_they_hold():
+    pages = {}
+    plan = make_plan([listing(40_000)], frozen(shard_size=0), pages.__setitem__)
+    assert len(plan.pages) >= 3
+    for page in plan.pages:
+        uris = page_rows(pages[page.name])["uri"].to_pylist()
+        assert (page.first_uri, page.last_uri, page.rows) == (uris[0], uris[-1], len(uris))
+
+
+def test_a_shard_longer_than_a_page_is_a_page():
+    pages = {}
+    plan = make_plan([listing(40_000)], frozen(shard_size=17_000), pages.__setitem__)
+    assert [page.rows for page in plan.pages] == [17_000, 17_000, 6_000]
+
+
+def test_a_page_that_cannot_be_written_ends_the_planning():
+    written = []
+
+    def write(name, _):
+        written.append(name)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        make_plan((listing(16_000, k * 16_000) for k in range(100)), frozen(), write)
+    assert len(written) <= 2 * plan_module.PAGES_AHEAD
+
+
+def test_pages_are_written_side_by_side():
+    together = threading.Barrier(2, timeout=20)
+    plan = make_plan([listing(32_000)], frozen(), lambda *_: together.wait())
+    assert len(plan.pages) == 2
 
 
 def test_the_same_listing_gives_the_same_bytes_however_it_is_batched():
