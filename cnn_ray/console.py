@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from cnn_ray.generations import Changes
-    from cnn_ray.outputs import Manifest
+    from cnn_ray.manifests import Manifest
     from cnn_ray.runs import RunDiff, RunSummary
     from cnn_ray.score import ScoreResult
 

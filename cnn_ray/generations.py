@@ -26,7 +26,8 @@ import pyarrow.parquet as pq
 
 from cnn_ray.errors import DataError, PlanError
 from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED
-from cnn_ray.outputs import FileRef, Manifest, Partition, live_rows, read_ahead
+from cnn_ray.manifests import FileRef, Manifest
+from cnn_ray.outputs import Partition, live_rows, read_ahead
 from cnn_ray.plan import PageRef, Plan, Shard, make_plan
 from cnn_ray.records import INPUT_PREFIX
 from cnn_ray.sorted_rows import among, in_step, newest_rows

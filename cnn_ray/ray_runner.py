@@ -15,7 +15,7 @@ import numpy as np
 
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import CnnRayError, UnavailableError
-from cnn_ray.outputs import PartRecord
+from cnn_ray.manifests import PartRecord
 from cnn_ray.plan import Shard
 from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_session import connected

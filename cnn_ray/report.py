@@ -24,7 +24,8 @@ from cnn_ray.decoders import Decoders
 from cnn_ray.errors import ChangedError, CnnRayError, NotFoundError, PlanError, UnavailableError
 from cnn_ray.images import ImageCaps
 from cnn_ray.inputs import is_manifest, store_and_key
-from cnn_ray.outputs import Manifest, Partition
+from cnn_ray.manifests import Manifest
+from cnn_ray.outputs import Partition
 from cnn_ray.partitions import fill_date, partition_uri
 from cnn_ray.records import RowFailure
 from cnn_ray.report_page import ReportData, build_report

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnn_ray.config import ScoreConfig
-from cnn_ray.outputs import PartRecord
+from cnn_ray.manifests import PartRecord
 from cnn_ray.plan import Shard
 from cnn_ray.predictor import Predictor, load_predictor
 from cnn_ray.stages import (

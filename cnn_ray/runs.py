@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from cnn_ray.errors import ConfigError, NotFoundError, PlanError
-from cnn_ray.outputs import Manifest, Partition, finished_manifest, live_rows
+from cnn_ray.manifests import Manifest
+from cnn_ray.outputs import Partition, finished_manifest, live_rows
 from cnn_ray.records import SCORE_SCHEMA
 from cnn_ray.sorted_rows import in_step
 from cnn_ray.storage import Store, open_store

@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 
@@ -19,16 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cnn_ray
-from cnn_ray.artifact import Artifact, load_artifact
 from cnn_ray.config import ScoreConfig
-from cnn_ray.errors import ConfigError, DataError, NotFoundError, PlanError, QuarantineLimitError
-from cnn_ray.generations import Changes, Superseded, earlier_plans, next_plan, supersede
-from cnn_ray.inputs import is_manifest, list_inputs
+from cnn_ray.errors import PlanError, QuarantineLimitError
+from cnn_ray.generations import Changes, Superseded, supersede
+from cnn_ray.inputs import is_manifest
 from cnn_ray.lease import Lease
-from cnn_ray.outputs import FORMAT, FileRef, GenerationRecord, Manifest, Partition, PartRecord
-from cnn_ray.partitions import fill_date, partition_uri
-from cnn_ray.plan import Frozen, Plan, Shard, make_plan, refuse_other_settings, shards_of
-from cnn_ray.predictor import choose_engine, cpu_count
+from cnn_ray.manifests import FORMAT, FileRef, GenerationRecord, Manifest, PartRecord
+from cnn_ray.partitions import fill_date
+from cnn_ray.plan import Plan, Shard, refuse_other_settings, shards_of
+from cnn_ray.planning import ScoreJob, job_of, owed_by
+from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_runner import run_ray
 from cnn_ray.runners import run_local
 from cnn_ray.stages import StageContext, positive_index
@@ -106,23 +106,6 @@ class DryRun:
     changes: Changes
 
 
-@dataclass(frozen=True)
-class _Job:
-    config: ScoreConfig
-    artifact: Artifact
-    partition: Partition
-    frozen: Frozen
-
-
-@dataclass(frozen=True)
-class _Owed:
-    """The generation to work on, None where nothing is owed; `resumes` where its plan was there."""
-
-    plan: Plan | None
-    resumes: bool = False
-    changes: Changes = field(default_factory=Changes)
-
-
 def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | None = None) -> ScoreResult:
     """The finished run of the configuration; where nothing is owed, the one that is there.
 
@@ -134,15 +117,15 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
         BusyError: another run holds the partition.
         QuarantineLimitError: too many rows could not be scored; the manifest is written with that status.
     """
-    job = _job(config)
+    job = job_of(config)
     manifest = job.partition.newest_manifest()
-    owed = None if manifest is None else _owed(job, manifest, job.partition.store.put_if_absent)
+    owed = None if manifest is None else owed_by(job, manifest, job.partition.store.put_if_absent)
     if manifest is not None and owed is not None and owed.plan is None:  # before the lease: a no-op writes nothing
         _refuse_quarantine(manifest, job.partition.uri)
         return ScoreResult(job.partition.uri, manifest, True, owed.changes, Attempt())
     job.partition.store.check_writable()
     with Lease(job.partition.store, config.lease_s):
-        owed = owed or _owed(job, None, job.partition.store.put_if_absent)
+        owed = owed or owed_by(job, None, job.partition.store.put_if_absent)
         result: ScoreResult | None = None
         while owed.plan is not None:
             result, plan = _run_generation(job, owed.plan, owed.changes, on_progress)
@@ -150,7 +133,7 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
             _refuse_quarantine(result.manifest, job.partition.uri)
             if not owed.resumes:
                 break
-            owed = _owed(job, result.manifest, job.partition.store.put_if_absent, retried=plan.retry)
+            owed = owed_by(job, result.manifest, job.partition.store.put_if_absent, retried=plan.retry)
     if result is None:
         raise PlanError(f"Expected a plan in {job.partition.uri}. Received: none. Next: report this as a bug.")
     return result
@@ -158,10 +141,10 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
 
 def dry_run(config: ScoreConfig) -> DryRun:
     """What `run_score` would do, found without writing anything: the model and the input are really looked at."""
-    job = _job(config)
+    job = job_of(config)
     manifest = job.partition.newest_manifest()
     sizes: list[int] = []
-    owed = _owed(job, manifest, lambda _name, raw: sizes.append(_page_size_bytes(raw)))
+    owed = owed_by(job, manifest, lambda _name, raw: sizes.append(_page_size_bytes(raw)))
     plan = owed.plan
     generation = (0 if manifest is None else manifest.generation) + (plan is not None)
     if plan is not None and owed.resumes:
@@ -185,110 +168,8 @@ def _page_size_bytes(raw: bytes) -> int:
     return int(pq.read_table(io.BytesIO(raw), columns=["size_bytes"])["size_bytes"].to_numpy().sum())
 
 
-def _job(config: ScoreConfig) -> _Job:
-    artifact = load_artifact(config.models_uri, config.model)
-    partition = Partition(partition_uri(config.output_uri, config.date, artifact.name, artifact.version))
-    return _Job(config, artifact, partition, freeze(config, artifact))
-
-
-def _owed(
-    job: _Job, manifest: Manifest | None, write_page: Callable[[str, bytes], object], *, retried: bool = False
-) -> _Owed:
-    """What follows the manifest: the generation that is open, else what the input as it is now asks for.
-
-    `retried` says that this run has tried the quarantined rows already.
-    """
-    config, partition = job.config, job.partition
-    plan = partition.read_plan(1 if manifest is None else manifest.generation + 1)
-    first = plan if plan is not None or manifest is None else earlier_plans(partition, manifest.generation)[0]
-    if first is not None:
-        refuse_other_settings(first.frozen, job.frozen, partition.uri)
-    if plan is not None:
-        return _Owed(plan, resumes=True)
-    if manifest is None:
-        plan = make_plan(_listing(config), job.frozen, write_page)
-        return _Owed(plan.model_copy(update={"accept": config.accept}))
-    if config.limit is not None:
-        return _Owed(_plan_of_a_trial(job, manifest))
-    retry = config.retry_quarantined and not retried
-    return _Owed(*_next_plan(job, manifest, write_page, retry=retry))
-
-
-def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
-    """Everything that decides the answers, with the alias and `auto` resolved.
-
-    Raises:
-        ConfigError: the model or this node lacks the engine or precision, or the output lies inside the input.
-    """
-    engine, precision = choose_engine(artifact, config.engine, config.precision, use_gpu=config.num_gpus > 0)
-    uri = fill_date(config.input_uri, config.date)
-    _refuse_output_in_input(uri, config.output_uri)
-    return Frozen(
-        input_uri=open_store(uri).uri,
-        uri_column=config.uri_column,
-        model=artifact.name,
-        version=artifact.version,
-        model_digest=artifact.digest,
-        engine=engine,
-        precision=precision,
-        threshold=artifact.threshold,
-        max_image_pixels=config.max_image_pixels,
-        max_image_bytes=config.max_image_bytes,
-        shard_size=config.shard_size,
-        limit=config.limit,
-    )
-
-
-def _refuse_output_in_input(input_uri: str, output_uri: str) -> None:
-    inside, outside = (f"{open_store(uri).uri}/" for uri in (output_uri, input_uri))
-    if not is_manifest(input_uri) and inside.startswith(outside):
-        raise ConfigError(
-            f"Expected OUTPUT outside of INPUT. Received: {output_uri} inside {input_uri}, where the next run would "
-            "take results for images. Next: choose another OUTPUT."
-        )
-
-
-def _listing(config: ScoreConfig) -> Iterator[pa.Table]:
-    uri = fill_date(config.input_uri, config.date)
-    found = False
-    for table in list_inputs(uri, config.uri_column):
-        found = found or table.num_rows > 0
-        yield table
-    if not found:
-        raise DataError(f"Expected images in {uri}. Received: none. Next: check INPUT (and --date).")
-
-
-def _next_plan(
-    job: _Job, manifest: Manifest, write_page: Callable[[str, bytes], object], *, retry: bool
-) -> tuple[Plan | None, bool, Changes]:
-    config = job.config
-    listing = list_inputs(fill_date(config.input_uri, config.date), config.uri_column)
-    try:
-        plan, changes = next_plan(job.partition, manifest, listing, write_page, accept=config.accept, retry=retry)
-    except NotFoundError:  # the input may be gone; the results are still there
-        plan, changes = next_plan(job.partition, manifest, (), write_page, accept=config.accept)
-    return plan, False, changes
-
-
-def _plan_of_a_trial(job: _Job, manifest: Manifest) -> Plan | None:
-    """A run with --limit has one generation, but can be accepted like any other.
-
-    Raises:
-        ConfigError: its quarantined rows are to be tried again.
-    """
-    if job.config.retry_quarantined:
-        raise ConfigError(
-            "Expected a full run for --retry-quarantined. Received: one with --limit, which has a single generation. "
-            "Next: choose another OUTPUT for another trial."
-        )
-    if not job.config.accept or manifest.status == "complete":
-        return None
-    empty = make_plan((), job.frozen, job.partition.store.put_if_absent, manifest.generation + 1)
-    return empty.model_copy(update={"accept": True})
-
-
 def _run_generation(
-    job: _Job, plan: Plan, changes: Changes, on_progress: Callable[[Progress], None] | None
+    job: ScoreJob, plan: Plan, changes: Changes, on_progress: Callable[[Progress], None] | None
 ) -> tuple[ScoreResult, Plan]:
     """The finished generation, and the plan that it had: ours, or the one of a planner that was faster."""
     plan = job.partition.write_plan(plan)
@@ -325,7 +206,9 @@ class _Totals:
         self.busy_s += record.busy_s or 0.0
 
 
-def _score_pending(job: _Job, plan: Plan, totals: _Totals, on_progress: Callable[[Progress], None] | None) -> Attempt:
+def _score_pending(
+    job: ScoreJob, plan: Plan, totals: _Totals, on_progress: Callable[[Progress], None] | None
+) -> Attempt:
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     pending = _recover(job, plan, totals)
     resumed_rows = totals.tally.rows
@@ -346,7 +229,7 @@ def _score_pending(job: _Job, plan: Plan, totals: _Totals, on_progress: Callable
     return Attempt(started_at, resumed_rows, rate, totals.wait_s, totals.busy_s, timeline.points)
 
 
-def _reported(job: _Job, result: ScoreResult) -> ScoreResult:
+def _reported(job: ScoreJob, result: ScoreResult) -> ScoreResult:
     """The result with the location of its report, which was written now; unchanged where none is wanted or possible."""
     if not job.config.report:
         return result
@@ -363,7 +246,7 @@ def _reported(job: _Job, result: ScoreResult) -> ScoreResult:
     return replace(result, report_uri=job.partition.store.uri_of(REPORT)) if written else result
 
 
-def _recover(job: _Job, plan: Plan, totals: _Totals) -> list[Shard]:
+def _recover(job: ScoreJob, plan: Plan, totals: _Totals) -> list[Shard]:
     """The shards that are not committed; those that are have been read back into the totals."""
     present = set(job.partition.committed_names(plan.generation))
     positive = positive_index(job.artifact)
@@ -380,7 +263,7 @@ def _recover(job: _Job, plan: Plan, totals: _Totals) -> list[Shard]:
     return [shard for shard in shards if shard.part_name not in present]
 
 
-def _stage_context(job: _Job, plan: Plan) -> StageContext:
+def _stage_context(job: ScoreJob, plan: Plan) -> StageContext:
     config = job.config
     uri = fill_date(config.input_uri, config.date)
     return StageContext(
@@ -400,7 +283,7 @@ def wants_ray(config: ScoreConfig) -> bool:
 
 
 def _manifest(
-    job: _Job, plan: Plan, totals: _Totals, attempt: Attempt, before: Manifest | None, gone: Superseded
+    job: ScoreJob, plan: Plan, totals: _Totals, attempt: Attempt, before: Manifest | None, gone: Superseded
 ) -> Manifest:
     """The manifest of a generation all of whose shards are committed: live totals, after those of the one before."""
     config, artifact = job.config, job.artifact

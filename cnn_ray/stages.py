@@ -25,8 +25,9 @@ from cnn_ray.decoders import Decoders
 from cnn_ray.errors import AccessDeniedError, ChangedError, ConfigError, NotFoundError, TooLargeError
 from cnn_ray.images import ImageCaps
 from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED, store_and_key
+from cnn_ray.manifests import PartRecord
 from cnn_ray.memory import keep_freed_memory
-from cnn_ray.outputs import Partition, PartRecord
+from cnn_ray.outputs import Partition
 from cnn_ray.plan import Plan, Shard, shard_rows
 from cnn_ray.predictor import Predictor
 from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema

@@ -156,9 +156,9 @@ def test_accept_and_retry_are_flags(capsys, tmp_path, images, small_models):
 
 
 def test_a_bug_is_one_line(capsys, monkeypatch, tmp_path, images, small_models):
-    from cnn_ray import score
+    from cnn_ray import planning
 
-    monkeypatch.setattr(score, "load_artifact", lambda *_: 1 / 0)
+    monkeypatch.setattr(planning, "load_artifact", lambda *_: 1 / 0)
     code, _, err = run(capsys, "score", images, tmp_path / "o", "--model", "small@1", "--models-uri", small_models)
     assert (code, "ZeroDivisionError" in err, "CNN_RAY_DEBUG=1" in err) == (1, True, True)
 

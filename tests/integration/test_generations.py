@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from factories import image_bytes, write_images
 
-from cnn_ray import outputs, score
+from cnn_ray import manifests, outputs, score
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ConfigError, PlanError, QuarantineLimitError, UnavailableError
 from cnn_ray.outputs import Partition
@@ -48,7 +48,7 @@ def fetched(monkeypatch) -> list[str]:
     return names
 
 
-def check_totals(uri: str) -> outputs.Manifest:
+def check_totals(uri: str) -> manifests.Manifest:
     """The newest manifest, whose live totals are those of the rows that readers see."""
     manifest = Partition(uri).newest_manifest()
     assert manifest is not None

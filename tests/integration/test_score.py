@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from factories import image_bytes, publish_small_artifact, write_images
 
-from cnn_ray import outputs, score, stages
+from cnn_ray import outputs, planning, score, stages
 from cnn_ray.artifact import load_artifact
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import (
@@ -127,14 +127,14 @@ def test_a_run_resumes_without_fetching_what_is_committed(tmp_path, small_models
 
 def test_changed_and_vanished_objects_are_named(tmp_path, small_models, monkeypatch):
     source = write_images(tmp_path / "in", 4)
-    listing = score.list_inputs
+    listing = planning.list_inputs
 
     def listing_then_change(*arguments):
         yield from listing(*arguments)
         (source / "shot-0001.png").unlink()
         (source / "shot-0002.png").write_bytes(image_bytes(77))
 
-    monkeypatch.setattr(score, "list_inputs", listing_then_change)
+    monkeypatch.setattr(planning, "list_inputs", listing_then_change)
     uri = score.run_score(config(small_models, source, tmp_path / "out", max_quarantine_rate=1)).partition_uri
     assert outputs.read_quarantine(uri)["code"].to_pylist() == ["not_found", "changed"]
 

@@ -15,7 +15,8 @@ from cnn_ray import report
 from cnn_ray.charts import commit_rates
 from cnn_ray.comparison import Night, chance_psi, compare, percent
 from cnn_ray.config import ScoreConfig
-from cnn_ray.outputs import Manifest, Partition
+from cnn_ray.manifests import Manifest
+from cnn_ray.outputs import Partition
 from cnn_ray.partitions import partition_uri
 from cnn_ray.report import ReportData, build_report, previous_night, write_report
 from cnn_ray.storage import open_store

@@ -1,0 +1,146 @@
+"""What a scoring run owes: the settings that decide its answers, and the plan that is open or comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from cnn_ray.artifact import Artifact, load_artifact
+from cnn_ray.config import ScoreConfig
+from cnn_ray.errors import ConfigError, DataError, NotFoundError
+from cnn_ray.generations import Changes, earlier_plans, next_plan
+from cnn_ray.inputs import is_manifest, list_inputs
+from cnn_ray.manifests import Manifest
+from cnn_ray.outputs import Partition
+from cnn_ray.partitions import fill_date, partition_uri
+from cnn_ray.plan import Frozen, Plan, make_plan, refuse_other_settings
+from cnn_ray.predictor import choose_engine
+from cnn_ray.storage import open_store
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """A configuration with its model, its partition, and everything that decides the answers."""
+
+    config: ScoreConfig
+    artifact: Artifact
+    partition: Partition
+    frozen: Frozen
+
+
+@dataclass(frozen=True)
+class Owed:
+    """The generation to work on, None where nothing is owed; `resumes` where its plan was there."""
+
+    plan: Plan | None
+    resumes: bool = False
+    changes: Changes = field(default_factory=Changes)
+
+
+def job_of(config: ScoreConfig) -> ScoreJob:
+    """The job of a configuration; the model is looked up, nothing is written.
+
+    Raises:
+        ArtifactError, ConfigError: no such model, or one that lacks the engine or precision.
+    """
+    artifact = load_artifact(config.models_uri, config.model)
+    partition = Partition(partition_uri(config.output_uri, config.date, artifact.name, artifact.version))
+    return ScoreJob(config, artifact, partition, freeze(config, artifact))
+
+
+def owed_by(
+    job: ScoreJob, manifest: Manifest | None, write_page: Callable[[str, bytes], object], *, retried: bool = False
+) -> Owed:
+    """What follows the manifest: the generation that is open, else what the input as it is now asks for.
+
+    `retried` says that this run has tried the quarantined rows already.
+    """
+    config, partition = job.config, job.partition
+    plan = partition.read_plan(1 if manifest is None else manifest.generation + 1)
+    first = plan if plan is not None or manifest is None else earlier_plans(partition, manifest.generation)[0]
+    if first is not None:
+        refuse_other_settings(first.frozen, job.frozen, partition.uri)
+    if plan is not None:
+        return Owed(plan, resumes=True)
+    if manifest is None:
+        plan = make_plan(_listing(config), job.frozen, write_page)
+        return Owed(plan.model_copy(update={"accept": config.accept}))
+    if config.limit is not None:
+        return Owed(_plan_of_a_trial(job, manifest))
+    retry = config.retry_quarantined and not retried
+    return Owed(*_next_plan(job, manifest, write_page, retry=retry))
+
+
+def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
+    """Everything that decides the answers, with the alias and `auto` resolved.
+
+    Raises:
+        ConfigError: the model or this node lacks the engine or precision, or the output lies inside the input.
+    """
+    engine, precision = choose_engine(artifact, config.engine, config.precision, use_gpu=config.num_gpus > 0)
+    uri = fill_date(config.input_uri, config.date)
+    _refuse_output_in_input(uri, config.output_uri)
+    return Frozen(
+        input_uri=open_store(uri).uri,
+        uri_column=config.uri_column,
+        model=artifact.name,
+        version=artifact.version,
+        model_digest=artifact.digest,
+        engine=engine,
+        precision=precision,
+        threshold=artifact.threshold,
+        max_image_pixels=config.max_image_pixels,
+        max_image_bytes=config.max_image_bytes,
+        shard_size=config.shard_size,
+        limit=config.limit,
+    )
+
+
+def _refuse_output_in_input(input_uri: str, output_uri: str) -> None:
+    inside, outside = (f"{open_store(uri).uri}/" for uri in (output_uri, input_uri))
+    if not is_manifest(input_uri) and inside.startswith(outside):
+        raise ConfigError(
+            f"Expected OUTPUT outside of INPUT. Received: {output_uri} inside {input_uri}, where the next run would "
+            "take results for images. Next: choose another OUTPUT."
+        )
+
+
+def _listing(config: ScoreConfig) -> Iterator[pa.Table]:
+    uri = fill_date(config.input_uri, config.date)
+    found = False
+    for table in list_inputs(uri, config.uri_column):
+        found = found or table.num_rows > 0
+        yield table
+    if not found:
+        raise DataError(f"Expected images in {uri}. Received: none. Next: check INPUT (and --date).")
+
+
+def _next_plan(
+    job: ScoreJob, manifest: Manifest, write_page: Callable[[str, bytes], object], *, retry: bool
+) -> tuple[Plan | None, bool, Changes]:
+    config = job.config
+    listing = list_inputs(fill_date(config.input_uri, config.date), config.uri_column)
+    try:
+        plan, changes = next_plan(job.partition, manifest, listing, write_page, accept=config.accept, retry=retry)
+    except NotFoundError:  # the input may be gone; the results are still there
+        plan, changes = next_plan(job.partition, manifest, (), write_page, accept=config.accept)
+    return plan, False, changes
+
+
+def _plan_of_a_trial(job: ScoreJob, manifest: Manifest) -> Plan | None:
+    """A run with --limit has one generation, but can be accepted like any other.
+
+    Raises:
+        ConfigError: its quarantined rows are to be tried again.
+    """
+    if job.config.retry_quarantined:
+        raise ConfigError(
+            "Expected a full run for --retry-quarantined. Received: one with --limit, which has a single generation. "
+            "Next: choose another OUTPUT for another trial."
+        )
+    if not job.config.accept or manifest.status == "complete":
+        return None
+    empty = make_plan((), job.frozen, job.partition.store.put_if_absent, manifest.generation + 1)
+    return empty.model_copy(update={"accept": True})
