@@ -15,7 +15,7 @@ from cnn_ray.inputs import is_manifest, list_inputs
 from cnn_ray.manifests import Manifest
 from cnn_ray.outputs import Partition
 from cnn_ray.partitions import fill_date, partition_uri
-from cnn_ray.plan import Frozen, Plan, make_plan, refuse_other_settings
+from cnn_ray.plan import Frozen, Plan, largest_shard, make_plan, refuse_other_settings
 from cnn_ray.predictor import choose_engine
 from cnn_ray.storage import open_store
 
@@ -94,6 +94,7 @@ def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
         max_image_pixels=config.max_image_pixels,
         max_image_bytes=config.max_image_bytes,
         shard_size=config.shard_size,
+        largest_shard=largest_shard(*artifact.size_px),
         limit=config.limit,
     )
 
