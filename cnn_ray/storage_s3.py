@@ -32,6 +32,7 @@ from cnn_ray.storage_retry import attempts, error_of_s3, unavailable
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
 CONNECTIONS = 64
+QUICK_TRIES = 8
 CREDENTIALS_TTL = timedelta(minutes=5)
 
 _URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^\0]*))?", re.IGNORECASE)
@@ -59,6 +60,7 @@ class S3Store(Store):
         self._lock = threading.Lock()
         self._made: tuple[Any, Any] | None = None
         self._quick_answered = False
+        self._quick_failures = 0
 
     def __reduce__(self) -> tuple[type[S3Store], tuple[str]]:
         """The location alone: clients hold sockets, locks and credentials, which must not travel."""
@@ -137,8 +139,8 @@ class S3Store(Store):
     def _get_quick(self, name: str, uri: str, if_match: str | None, max_bytes: int | None) -> bytes | None:
         """The bytes through obstore, or None where boto3 must explain what is wrong.
 
-        An obstore that fails before it ever answered does not fit this server (another region, its own certificate, a
-        proxy) and is dropped for good: boto3 is slower, never wrong.
+        An obstore that failed `QUICK_TRIES` times before it ever answered does not fit this server (another region, its
+        own certificate, a proxy) and is dropped for good: boto3 is slower, never wrong. One failure proves nothing.
         """
         quick = self._clients()[1]
         if quick is None or name.startswith("/") or name.endswith("/"):  # obstore drops those slashes
@@ -154,7 +156,8 @@ class S3Store(Store):
             self._quick_answered = True
             return None
         except (exceptions.BaseError, ValueError) as error:
-            if not self._quick_answered and not isinstance(error, ValueError):
+            self._quick_failures += not isinstance(error, ValueError)
+            if not self._quick_answered and self._quick_failures >= QUICK_TRIES:
                 self._made = self._clients()[0], None
             if isinstance(error, exceptions.GenericError):
                 raise unavailable(uri, "no complete answer") from error
@@ -267,7 +270,8 @@ def _boto3_client() -> tuple[Any, Any, bool]:
         configured: str | None = options.get("addressing_style") if options else None
         if configured is None and "amazonaws.com" not in client.meta.endpoint_url:
             client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
-        client.meta.events.register_first("before-parse.s3.ListObjectsV2", _keep_page)
+        # With the wildcard it comes before botocore's own `before-parse.s3.*`, which would parse the whole page.
+        client.meta.events.register_first("before-parse.*.ListObjectsV2", _keep_page)
         return client, session.get_credentials(), configured in (None, "auto", "path")
     except BotoCoreError as error:
         raise error_of_s3(error, "S3") from error

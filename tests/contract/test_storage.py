@@ -18,6 +18,7 @@ import pytest
 
 from cnn_ray import errors, records, storage, storage_base, storage_ranges, storage_retry
 from cnn_ray.storage import S3Store, Store, open_store, split_uri
+from cnn_ray.storage_s3 import QUICK_TRIES
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -309,12 +310,23 @@ def test_s3_get_is_the_quick_client_s(s3_uri: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_s3_quick_client_that_never_answered_is_dropped(scripted: ScriptedServer) -> None:
-    scripted.replies = [xml_error(400, "AuthorizationHeaderMalformed"), GOOD]
     store = open_store("s3://bucket/p")
-    for expected in (2, 3):
+    for _ in range(QUICK_TRIES):
+        scripted.replies = [xml_error(400, "AuthorizationHeaderMalformed"), GOOD]
         assert store.get("x") == GOOD.body
-        assert len(scripted.requests) == expected
-    assert all("Boto3" in agent for agent in scripted.agents[1:])
+    scripted.agents.clear()
+    assert store.get("x") == GOOD.body
+    assert len(scripted.agents) == 1
+    assert "Boto3" in scripted.agents[0]
+
+
+def test_s3_quick_client_outlives_one_failure_at_its_start(scripted: ScriptedServer) -> None:
+    scripted.replies = [xml_error(503, "SlowDown"), GOOD]
+    store = open_store("s3://bucket/p")
+    for _ in range(3):
+        assert store.get("x") == GOOD.body
+    assert "Boto3" in scripted.agents[1]
+    assert not any("Boto3" in agent for agent in scripted.agents[2:])
 
 
 class Reply:
@@ -484,6 +496,25 @@ def test_s3_cut_listing_page_is_tried_again(scripted: ScriptedServer) -> None:
     scripted.replies = [Reply(200, page[:60]), Reply(200, page[:60], missing=50), SLOW_DOWN, Reply(200, page)]
     rows = next(open_store("s3://bucket/p").list()).to_pylist()
     assert rows == [{"uri": "s3://bucket/p/a", "etag": "e", "size_bytes": 3}]
+
+
+def test_s3_error_in_a_200_listing_is_tried_again(scripted: ScriptedServer) -> None:
+    error = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>m</Message></Error>"
+    scripted.replies = [Reply(200, error), Reply(200, b"<ListBucketResult></ListBucketResult>")]
+    assert list(open_store("s3://bucket/p").list()) == []
+    assert len(scripted.requests) == 2
+
+
+def test_s3_listing_pages_are_kept_from_botocore_s_parsers(s3_uri: str) -> None:
+    store = open_store(s3_uri)
+    store.put("x", b"1")
+    assert isinstance(store, S3Store)
+    bodies: list[bytes] = []
+    store._clients()[0].meta.events.register_first(
+        "before-parse.s3.*", lambda response_dict, **_: bodies.append(response_dict["body"])
+    )
+    assert store.keys() == ["x"]
+    assert bodies == [b"<ListBucketResult/>"]
 
 
 def test_s3_big_file_is_whole_or_absent(scripted: ScriptedServer, tmp_path: Path) -> None:
