@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from cnn_ray import drawing
-from cnn_ray.artifact import WEIGHTS, load_artifact
 from cnn_ray.config import ModelDefinition
 from cnn_ray.images import DecodedImage, ImageCaps, decode
 
@@ -23,6 +22,8 @@ LABELS = ("legitimate", "phishing")
 REFERENCE = "bench@1"
 PAGE_PX = (1366, 768)
 JPEG_EVERY = 10
+USUAL_SHARD = 256
+"""What automatic shards grow to."""
 MAX_DRAWN = 240
 """More different pages take minutes to draw; copies of them are as much work to score."""
 
@@ -33,7 +34,6 @@ class Material:
 
     images: str
     models: str
-    weights: str
     architecture: str
     size_px: int
     count: int
@@ -48,27 +48,66 @@ class Material:
         return Material(**json.loads(text))
 
     @property
+    def servable(self) -> Path:
+        """Folder of the published version."""
+        return Path(self.models) / REFERENCE.replace("@", "/")
+
+    @property
+    def keras(self) -> Path:
+        """The same model for the rivals that predict with Keras."""
+        return Path(self.models) / "rival.keras"
+
+    @property
+    def ahead(self) -> int:
+        """Images that `floor` and `opencv_floor` decode ahead: as many as the local runner."""
+        from cnn_ray.runners import SHARDS_AHEAD
+
+        return SHARDS_AHEAD * (self.shard_size or USUAL_SHARD)
+
+    @property
+    def settled(self) -> int:
+        """From this many scored images on a rate counts as steady."""
+        return max(self.count // 10, 64 if self.count > 200 else 1)
+
+    def for_rivals(self) -> str:
+        """What a rival gets as JSON on its command line: files, never code of ours."""
+        given = {name: getattr(self, name) for name in ("images", "size_px", "count", "batch_size", "ahead")}
+        paths = {"ir": str(self.servable / "openvino" / "model.xml"), "keras": str(self.keras)}
+        return json.dumps({**given, **paths})
+
+    @property
     def definition(self) -> ModelDefinition:
         return ModelDefinition(architecture=self.architecture, input_size_px=self.size_px)
 
 
-def gather_images(source: Path | None, target: Path, count: int) -> str:
-    """One line about the `count` images that now lie in `target`, under numbers in an order that no size follows."""
-    good = _readable(source) if source is not None else _draw(target.parent / "drawn", min(count, MAX_DRAWN))
+def gather_images(sources: Sequence[Path], target: Path, count: int) -> str:
+    """One line about the `count` images that now lie in `target`, under numbers in an order that no size follows.
+
+    Each file of the sources is there as often as any other (give or take one); without sources pages are drawn.
+    """
+    good = _readable(sources) if sources else _draw(target.parent / "drawn", min(count, MAX_DRAWN))
     if not good:
-        raise SystemExit(f"Expected RGB PNG or JPEG images in {source}. Received: none.")
+        raise SystemExit(f"Expected RGB PNG or JPEG images in {_names(sources)}. Received: none.")
     target.mkdir()
+    sizes = []
     for number in range(count):
         path = good[number % len(good)]
         name = target / f"{number:06d}{path.suffix.lower()}"
         shutil.copyfile(path, name)  # hard links would share one time of reading
-    size = np.mean([path.stat().st_size for path in good]) / 1e3
-    what = "drawn pages of 1366x768" if source is None else f"readable files of {source}"
-    return f"{count} images: {min(len(good), count)} {what}, {size:.0f} kB on average"
+        with Image.open(path) as image:
+            sizes.append((path.stat().st_size / 1e3, image.width * image.height / 1e6, image.format == "PNG"))
+    size, pixels, png = np.mean(sizes, axis=0)
+    what = f"real files of {_names(sources)}" if sources else f"drawn pages of {PAGE_PX[0]}x{PAGE_PX[1]}"
+    different = min(len(good), count)
+    return f"{count} images: {different} {what}, mean {size:.0f} kB and {pixels:.2f} megapixels, {png:.0%} PNG"
 
 
-def _readable(source: Path) -> list[Path]:
-    files = [p for p in sorted(source.rglob("*")) if p.is_file() and all_can_read(p)]
+def _names(sources: Sequence[Path]) -> str:
+    return ", ".join(f"{source.name}/" for source in sources)
+
+
+def _readable(sources: Sequence[Path]) -> list[Path]:
+    files = [p for source in sources for p in sorted(source.rglob("*")) if p.is_file() and all_can_read(p)]
     return sorted(files, key=lambda p: hashlib.sha256(p.name.encode()).digest())
 
 
@@ -100,8 +139,9 @@ def publish(material: Material) -> None:
     from cnn_ray.model import build_classifier
 
     side = material.size_px
+    model = build_classifier(material.definition, len(LABELS))
     publish_artifact(
-        build_classifier(material.definition, len(LABELS)),
+        model,
         models_uri=material.models,
         name="bench",
         definition=material.definition,
@@ -112,9 +152,7 @@ def publish(material: Material) -> None:
         validation_labels=np.arange(8) % 2,
         training={},
     )
-    artifact = load_artifact(material.models, REFERENCE)
-    if not Path(material.weights).is_file():
-        raise SystemExit(f"Expected {artifact.reference}'s {WEIGHTS} at {material.weights}. Received: no such file.")
+    model.save(material.keras)
 
 
 def forget_reads(material: Material) -> None:

@@ -1,6 +1,6 @@
-"""Images per second of `cnn-ray score` against the hardware's floor and against two documented recipes; see README.md.
+"""Images per second of `cnn-ray score` against the hardware's floor and against named rivals; see README.md.
 
-Usage: python tests/bench/throughput.py [--images DIR] [--count N] [--rounds 3] [--short] [--json FILE] [--only a,b]
+Usage: python tests/bench/throughput.py [--images DIR ...] [--count N] [--rounds 3] [--short] [--json FILE] [--only a,b]
 """
 
 from __future__ import annotations
@@ -10,37 +10,22 @@ import json
 import os
 import platform
 import signal
-import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from material import REFERENCE, Material, forget_reads, gather_images, publish, read_times
+from figures import Mark, Result, bars, result_of, table
+from material import REFERENCE, Material, forget_reads, gather_images, publish
+from rivals import environment
 
-ORDER = ("floor", "local", "ray", "ray_recipe", "tf_data")
+ORDER = ("floor", "opencv_floor", "local", "ray", "daft", "tf_data", "ray_recipe")
 OURS = ("local", "ray")
 TIMEOUT_S = 900.0
-BARS = (("local", "floor", 0.9), ("ray", "local", 0.95), ("local", "ray_recipe", 3.0))
-"""(contestant, against, at least): ratios of the median steady rates."""
-RATES = {"steady": "steady", "from_read": "from the first read"}
-
-Mark = tuple[float, int]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One contestant in one round. The lasting rate lies between the two: `steady` runs from the first shard's worth of
-    scored images to the last image, and flatters who decoded a lot before; `from_read` (None on a noatime mount) counts
-    all images from the first read on, with the rest of the model's loading and the last images' way out."""
-
-    steady: float
-    from_read: float | None
-    wall_s: float
-    cpu_s: float
+SHORT = ("floor", "local", "ray")
 
 
 def main() -> None:
@@ -55,109 +40,121 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, help="folder of images; default: drawn pages of 1366x768")
-    parser.add_argument("--count", type=int, help="images per run; fewer files are linked again (default 640)")
+    parser.add_argument("--images", type=Path, nargs="+", default=[], help="folders; default: drawn pages of 1366x768")
+    parser.add_argument("--count", type=int, help="images per run; fewer files are copied again (default 2048)")
     parser.add_argument("--rounds", type=int, help="each contestant runs this often, in turns (default 3)")
     parser.add_argument("--architecture", help="default EfficientNetB0")
     parser.add_argument("--size", type=int, help="model input in px (default 224)")
-    parser.add_argument("--shard-size", type=int, help="images per shard of ours (default 64)")
-    parser.add_argument("--short", action="store_true", help="does it run at all: simple_cnn, 120 images, 1 round")
-    parser.add_argument("--only", default=",".join(ORDER), help=f"contestants, of {','.join(ORDER)}")
+    parser.add_argument("--shard-size", type=int, help="images per shard of ours (default 0: as cnn-ray chooses)")
+    parser.add_argument(
+        "--short", action="store_true", help="does it run at all: simple_cnn, 120 images, 1 round, ours"
+    )
+    parser.add_argument(
+        "--only", help=f"contestants, of {','.join(ORDER)} (default all, with --short the first of ours)"
+    )
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--work", help="folder for the temporary files")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--material", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    defaults = {"count": 640, "rounds": 3, "architecture": "EfficientNetB0", "size": 224, "shard_size": 64}
+    defaults = {"count": 2048, "rounds": 3, "architecture": "EfficientNetB0", "size": 224, "shard_size": 0}
     if arguments.short:  # too few images for a steady state: no figure of it means anything
         defaults = {"count": 120, "rounds": 1, "architecture": "simple_cnn", "size": 64, "shard_size": 24}
+    defaults["only"] = ",".join(SHORT if arguments.short else ORDER)
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     unknown = set(arguments.only.split(",")) - set(ORDER)
     if unknown:
         parser.error(f"Expected of --only: {', '.join(ORDER)}. Received: {', '.join(sorted(unknown))}.")
-    if arguments.count < 3 * arguments.shard_size:
-        parser.error(f"Expected --count of 3 shards or more. Received: {arguments.count}.")
+    if arguments.count < 100:
+        parser.error(f"Expected --count of 100 or more. Received: {arguments.count}.")
     return arguments
 
 
 def _be_contestant(name: str, material: Material) -> None:
     if name == "publish":
-        publish(material)
-        marks = []
-    else:
-        from contestants import CONTESTANTS
+        return publish(material)
+    from contestants import floor
 
-        marks = CONTESTANTS[name](material)
-    print(json.dumps(marks), flush=True)
+    sys.stdout.write(json.dumps(floor(material)) + "\n")
+    return None
 
 
 def _measure(arguments: argparse.Namespace, folder: Path) -> None:
+    chosen = [name for name in ORDER if name in arguments.only.split(",")]
+    python = environment.interpreter() if set(chosen) & set(environment.RIVALS) else ""
     about = gather_images(arguments.images, folder / "images", arguments.count)
     material = Material(
         images=str(folder / "images"),
         models=str(folder / "models"),
-        weights=str(folder / "models" / REFERENCE.replace("@", "/") / "model.weights.h5"),
         architecture=arguments.architecture,
         size_px=arguments.size,
         count=arguments.count,
         shard_size=arguments.shard_size,
         batch_size=32,
     )
-    _run_contestant("publish", material)
-    chosen = [name for name in ORDER if name in arguments.only.split(",")]
+    _run(_own_command("publish", material))
     results: dict[str, list[Result]] = {name: [] for name in chosen}
-    load = os.getloadavg()[0]
+    loads: list[float] = []
     for number in range(arguments.rounds):
         turn = number % len(chosen)
         for name in chosen[turn:] + chosen[:turn]:
+            loads.append(_other_load())
             print(f"round {number + 1} of {arguments.rounds}: {name} ", end="", file=sys.stderr, flush=True)
-            result = _one(name, material, folder / f"out-{name}-{number}")
+            result = _one(name, material, folder / f"out-{name}-{number}", python)
             results[name].append(result)
             print(f"{result.steady:.1f} images/s, {result.wall_s:.1f} s", file=sys.stderr, flush=True)
     machine = f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    shards = f"shards of {material.shard_size}" if material.shard_size else "shards as cnn-ray chooses them"
     lines = [
-        f"machine: {machine}, load before the first run {load:.1f}",
+        f"machine: {machine}; others used {min(loads):.2f} to {max(loads):.2f} cores before the runs",
         f"data: {about}",
-        f"model: {material.architecture} {material.size_px} px, batches of {material.batch_size}, "
-        f"shards of {material.shard_size}, {arguments.rounds} rounds in turns, median (lowest-highest)",
+        f"model: {material.architecture} {material.size_px} px, random weights, f32, batches of {material.batch_size}, "
+        f"{shards}; {arguments.rounds} rounds in turns, median (lowest-highest)",
         "",
-        *_table(results, material),
+        *table(results, material.count),
     ]
     if set(OURS) <= set(chosen):
         lines += ["", _equality(folder)]
-    lines += ["", *_bars(results)]
+    lines += ["", *(["no bar: too few images for a rate"] if arguments.short else bars(results))]
     print("\n".join(lines))
     if arguments.json:
-        record: dict[str, Any] = {"machine": machine, "data": about, "material": asdict(material)}
+        record: dict[str, Any] = {"machine": machine, "loads": loads, "data": about, "material": asdict(material)}
         record["results"] = {name: [asdict(result) for result in runs] for name, runs in results.items()}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _one(name: str, material: Material, output: Path) -> Result:
+def _one(name: str, material: Material, output: Path, python: str) -> Result:
+    if name in OURS:
+        command = score_command(material, output, name)
+    elif name in environment.RIVALS:
+        command = [python, environment.script(name), material.for_rivals()]
+    else:
+        command = _own_command(name, material)
+    forget_reads(material)
+    done = _run(command)
+    found: dict[str, Any] = {} if name in OURS else json.loads(done.output.splitlines()[-1])
+    marks = _commits(output) if name in OURS else [(float(at), int(rows)) for at, rows in found["marks"]]
+    return result_of(marks, material, done, found)
+
+
+def score_command(material: Material, output: Path, runner: str, images: str | None = None) -> list[str]:
+    """`cnn-ray score` as typed, by this interpreter."""
+    command = [sys.executable, "-c", "from cnn_ray.cli import main; main()", "score", images or material.images]
+    command += [str(output), "--model", REFERENCE, "--models-uri", material.models, "--engine", "openvino"]
+    command += ["--precision", "f32", "--batch-size", str(material.batch_size), "--runner", runner]
+    return command + (["--shard-size", str(material.shard_size)] if material.shard_size else [])
+
+
+def _own_command(name: str, material: Material) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "--contestant", name, "--material", material.to_json()]
+
+
+def _run(command: list[str]) -> Any:
     from processes import run
 
-    if name not in OURS:
-        return _run_contestant(name, material)
-    command = [sys.executable, "-c", "from cnn_ray.cli import main; main()", "score", material.images, str(output)]
-    command += ["--model", REFERENCE, "--models-uri", material.models, "--engine", "openvino", "--precision", "f32"]
-    command += ["--shard-size", str(material.shard_size), "--batch-size", str(material.batch_size), "--runner", name]
-    forget_reads(material)
-    done = run(command, TIMEOUT_S)
-    return _result(_commits(output), material, done.wall_s, done.cpu_s)
-
-
-def _run_contestant(name: str, material: Material) -> Result:
-    from processes import run
-
-    command = [sys.executable, str(Path(__file__).resolve()), "--contestant", name, "--material", material.to_json()]
-    forget_reads(material)
-    done = run(command, TIMEOUT_S)
-    marks = [(float(at), int(rows)) for at, rows in json.loads(done.output.splitlines()[-1])]
-    if name == "publish":
-        return Result(0.0, None, done.wall_s, done.cpu_s)
-    return _result(marks, material, done.wall_s, done.cpu_s)
+    return run(command, TIMEOUT_S)
 
 
 def _commits(output: Path) -> list[Mark]:
@@ -172,62 +169,24 @@ def _commits(output: Path) -> list[Mark]:
     return marks
 
 
-def _result(marks: list[Mark], material: Material, wall_s: float, cpu_s: float) -> Result:
-    if not marks or marks[-1][1] != material.count:
-        raise RuntimeError(f"Expected {material.count} scored images. Received: {marks[-1][1] if marks else 0}.")
-    first, last = next(mark for mark in marks if mark[1] >= material.shard_size), marks[-1]
-    if first == last:
-        raise RuntimeError(f"Expected results in several steps. Received: all {last[1]} at once. Raise --count.")
-    reads = read_times(material)
-    from_read = material.count / (last[0] - reads[0]) if reads else None
-    return Result((last[1] - first[1]) / max(last[0] - first[0], 1e-3), from_read, wall_s, cpu_s)
-
-
-def _table(results: dict[str, list[Result]], material: Material) -> list[str]:
-    head = f"{'':11} {'steady images/s':22} {'of floor':>8} {'x recipe':>8}   {'from first read':22} {'of floor':>8}"
-    rows = [f"{head} {'x recipe':>8}   {'command to exit':22} {'CPU ms/image':>12}"]
-    for name, runs in results.items():
-        cells = [f"{name:11}"]
-        for rate in RATES:
-            figures = [figure for result in runs if (figure := getattr(result, rate)) is not None]
-            median = f"{statistics.median(figures):.1f} ({min(figures):.1f}-{max(figures):.1f})" if figures else "-"
-            ratios = [_ratio(results, name, other, rate) for other in ("floor", "ray_recipe")]
-            cells.append(f"{median:22} " + " ".join(f"{'-' if r is None else f'{r:.2f}':>8}" for r in ratios) + "  ")
-        wall = statistics.median(result.wall_s for result in runs)
-        cpu = 1000 * statistics.median(result.cpu_s for result in runs) / material.count
-        rows.append(" ".join([*cells, f"{f'{wall:.1f} s, {material.count / wall:.1f} images/s':22} {cpu:>12.1f}"]))
-    return rows
-
-
-def _ratio(results: dict[str, list[Result]], name: str, other: str, rate: str) -> float | None:
-    medians = []
-    for who in (name, other):
-        figures = [figure for result in results.get(who, []) if (figure := getattr(result, rate)) is not None]
-        if not figures:
-            return None
-        medians.append(statistics.median(figures))
-    return medians[0] / medians[1]
-
-
-def _bars(results: dict[str, list[Result]]) -> list[str]:
-    """A bar is reached, or not, where both rates say so; where they differ it stays open."""
-    lines = []
-    for name, other, least in BARS:
-        ratios = [ratio for rate in RATES if (ratio := _ratio(results, name, other, rate)) is not None]
-        if ratios:
-            reached = [ratio >= least for ratio in ratios]
-            verdict = "reached" if all(reached) else "open, raise --count" if any(reached) else "NOT reached"
-            shown = ", ".join(f"{ratio:.2f} {what}" for ratio, what in zip(ratios, RATES.values(), strict=False))
-            lines.append(f"bar: {name} at least {least:g} x {other}: {verdict} ({shown})")
-    return lines
-
-
 def _equality(folder: Path) -> str:
     from cnn_ray.outputs import read
 
     tables = [read(str(next((folder / f"out-{name}-0").rglob("_manifest-*")).parent)) for name in OURS]
     same = tables[0].sort_by("uri").equals(tables[1].sort_by("uri"))
     return f"ray's output {'equals' if same else 'DIFFERS from'} local's ({tables[0].num_rows} rows)"
+
+
+def _other_load() -> float:
+    """Cores that other processes use, over half a second in which this one sleeps."""
+
+    def busy() -> float:
+        fields = [int(f) for f in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+    before = busy()
+    time.sleep(0.5)
+    return (busy() - before) / 0.5
 
 
 def _cpu_model() -> str:
