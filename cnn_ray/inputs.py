@@ -2,6 +2,8 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
+# pyright: reportAttributeAccessIssue=false
+# (the last one because pyarrow.compute makes its functions while it is imported)
 """INPUT -> sorted tables of (uri, etag, size_bytes): a folder, an s3:// prefix, or a manifest of locations."""
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -22,6 +26,8 @@ from cnn_ray.storage import Store, open_store, split_uri
 
 MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl")
 HEAD_THREADS = 32
+HEADS_AHEAD = 4096
+"""Rows asked about at a time: a million waiting calls would take a gigabyte."""
 
 NOT_ALLOWED = "not-allowed"
 ABSENT = "absent"
@@ -100,31 +106,36 @@ def _manifest_listing(uri: str, uri_column: str) -> pa.Table:
             f"Expected a column {uri_column!r} in {uri}. Received: {', '.join(table.column_names)}. "
             "Next: name the column with --uri-column."
         )
-    named = [str(value) for value in table[uri_column].to_pylist()]
-    root = open_store(split_uri(uri)[0])
-    resolved = [resolve_uri(root.uri, name) for name in named]
-    uris = [name if location is None else location for name, location in zip(named, resolved, strict=True)]
-    _refuse_duplicates(uris, uri)
-    with ThreadPoolExecutor(HEAD_THREADS) as pool:
-        heads = list(pool.map(lambda location: _head(location, root), resolved))
-    listing = pa.Table.from_arrays(
-        [pa.array(uris, pa.string()), pa.array([h[0] for h in heads]), pa.array([h[1] for h in heads], pa.int64())],
-        schema=LISTING_SCHEMA,
-    )
+    listing = _listing_of([str(value) for value in table[uri_column].to_pylist()], uri)
     for name in table.column_names:
         if name != uri_column:
             listing = listing.append_column(INPUT_PREFIX + name, table[name])
     return listing.sort_by("uri")
 
 
-def _refuse_duplicates(uris: list[str], manifest: str) -> None:
-    seen: set[str] = set()
-    for uri in uris:
-        if uri in seen:
-            raise DataError(
-                f"Expected each uri once in {manifest}. Received: {uri} twice. Next: remove one of the rows."
-            )
-        seen.add(uri)
+def _listing_of(named: list[str], manifest: str) -> pa.Table:
+    """The locations, etags and sizes of what the manifest names, in its order."""
+    root = open_store(split_uri(manifest)[0])
+    resolved = [resolve_uri(root.uri, name) for name in named]
+    uris = pa.array([location or name for name, location in zip(named, resolved, strict=True)], pa.string())
+    _refuse_duplicates(uris, manifest)
+    etags: list[str] = []
+    sizes = np.zeros(len(resolved), np.int64)
+    with ThreadPoolExecutor(HEAD_THREADS, thread_name_prefix="head") as pool:
+        for start in range(0, len(resolved), HEADS_AHEAD):
+            part = resolved[start : start + HEADS_AHEAD]
+            for place, (etag, size_bytes) in enumerate(pool.map(lambda location: _head(location, root), part), start):
+                etags.append(etag)
+                sizes[place] = size_bytes
+    return pa.Table.from_arrays([uris, pa.array(etags, pa.string()), pa.array(sizes)], schema=LISTING_SCHEMA)
+
+
+def _refuse_duplicates(uris: pa.Array, manifest: str) -> None:
+    first = pc.index_in(uris, value_set=uris)
+    repeats = pc.indices_nonzero(pc.not_equal(first, pa.array(np.arange(len(uris), dtype=np.int32))))
+    if len(repeats):
+        uri = uris[repeats[0].as_py()].as_py()
+        raise DataError(f"Expected each uri once in {manifest}. Received: {uri} twice. Next: remove one of the rows.")
 
 
 def _head(location: str | None, root: Store) -> tuple[str, int]:

@@ -1,0 +1,30 @@
+"""Manifest inputs: each row gets the etag and size of its own object, however many rows are asked about at a time."""
+
+import pytest
+
+from cnn_ray import inputs
+from cnn_ray.errors import DataError
+
+
+def manifest(folder, names):
+    path = folder / "m.csv"
+    path.write_text("uri,brand\n" + "".join(f"{name},{k}\n" for k, name in enumerate(names)))
+    return str(path)
+
+
+def test_rows_keep_their_own_etag_size_and_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "HEADS_AHEAD", 2)
+    for k, name in enumerate("edcba"):
+        (tmp_path / name).write_bytes(b"x" * k)
+    (table,) = inputs.list_inputs(manifest(tmp_path, ["e", "gone", "c", "../out", "a", "b", "d"]), "uri")
+    rows = {row["uri"].removeprefix(f"{tmp_path}/"): row for row in table.to_pylist()}
+    assert list(rows) == ["../out", "a", "b", "c", "d", "e", "gone"]
+    assert [rows[name]["size_bytes"] for name in "edcba"] == [0, 1, 2, 3, 4]
+    assert all(rows[name]["etag"].endswith(f"-{k}") for k, name in enumerate("edcba"))
+    assert (rows["gone"]["etag"], rows["../out"]["etag"]) == (inputs.ABSENT, inputs.NOT_ALLOWED)
+    assert [rows[name]["input_brand"] for name in ("e", "gone", "d")] == [0, 1, 6]
+
+
+def test_two_names_of_one_object_are_refused(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path}/b twice"):
+        list(inputs.list_inputs(manifest(tmp_path, ["a", "b", "c", "./b", "a/../a2"]), "uri"))
