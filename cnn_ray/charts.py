@@ -56,7 +56,10 @@ def throughput(timeline: Sequence[tuple[float, int]]) -> str | None:
         f'<polygon class="area" points="{LEFT},{BOTTOM} {curve} {RIGHT},{BOTTOM}"/>',
         f'<polyline class="curve" points="{curve}"/>',
     ]
-    ticks = [(BOTTOM - (BOTTOM - TOP) * k / 2, f"{most * k / 2:,.4g}") for k in (0, 1, 2)]
+    ticks = [
+        (BOTTOM - (BOTTOM - TOP) * k / 2, f"{most * k / 2:,.0f}" if most >= 20 else f"{most * k / 2:g}")
+        for k in (0, 1, 2)
+    ]
     middle = (LEFT + RIGHT) / 2
     marks = [(LEFT, duration(0)), (middle, duration(spent_s / 2)), (RIGHT - 12, duration(spent_s))]
     return _chart(f"Images per second over {duration(spent_s)}", ticks, marks, drawn)

@@ -252,7 +252,9 @@ def _throughput(data: ReportData) -> str:
         return _section("Throughput", f'<p class="soft">{waited}Too few commits for a curve.</p>')
     (start_s, first), (end_s, last) = data.timeline[0], data.timeline[-1]
     spent_s = end_s - start_s
-    said = f"{waited}Mean {(last - first) / spent_s:,.4g} images/s over {charts.duration(spent_s)}."
+    mean = (last - first) / spent_s
+    said = f"{waited}Mean {mean:,.0f}" if mean >= 1000 else f"{waited}Mean {mean:.4g}"
+    said += f" images/s over {charts.duration(spent_s)}."
     if first:
         said += f" {first:,} rows came from earlier attempts."
     return _section("Throughput, images/s", f'{chart}\n<p class="soft">{said}</p>')

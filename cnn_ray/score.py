@@ -235,10 +235,11 @@ def _reported(job: ScoreJob, result: ScoreResult) -> ScoreResult:
         return result
     from cnn_ray.report import REPORT, write_report  # not before the first images are scored
 
+    resumed = result.resumed_rows
     written = write_report(
         job.partition,
         result.manifest,
-        timeline=result.attempt.timeline,
+        timeline=[(0.0, resumed), *((seconds, resumed + rows) for seconds, rows in result.attempt.timeline)],
         wait_share=result.attempt.wait_share,
         config=job.config,
         artifact=job.artifact,

@@ -76,7 +76,9 @@ def test_plain_readers_see_one_table(tmp_path, small_models):
     source = write_images(tmp_path / "in", 20, bad=1)
     settings = config(small_models, source, tmp_path / "out", date="2026-11-23", report=True)
     uri = score.run_score(settings).partition_uri
-    assert (Path(uri) / "_report.html").is_file()
+    page = (Path(uri) / "_report.html").read_text()
+    assert "images/s over" in page
+    assert "came from earlier attempts" not in page
     by_manifest = outputs.read(uri)
     plain = pyarrow.dataset.dataset(tmp_path / "out", partitioning="hive").to_table()
     assert plain.select(["uri", "label", "score"]).equals(by_manifest.select(["uri", "label", "score"]))
