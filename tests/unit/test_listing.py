@@ -73,6 +73,7 @@ PAGES = {
     "no quotes": page(ODD, etag="{}"),
     "entity in etag": page(["a"], etag="&quot;&lt;&quot;"),
     "not encoded": page([n for n in ODD if "\0" not in n and "\x01" not in n], encode=escape, head=""),
+    "not encoded, plain names": page(["a+b", "a%20b"], encode=lambda name: name, head=""),
     "raw UTF-8 in an encoded page": page(["ü", "b"], encode=lambda name: name),
     "half a character": page(["a"], encode=lambda _: "%C3"),
     "carriage return": page(["a\rb"], encode=lambda name: name),
@@ -181,12 +182,15 @@ def test_short_listings_are_not_cut():
     assert server.requests == 16
 
 
-def test_a_listing_that_is_not_finished_leaves_no_threads():
-    server = Server([f"{k:05d}" for k in range(5000)], 10)
+def test_a_listing_that_is_not_finished_leaves_no_threads_and_asks_no_more():
+    server = Server([f"{k:05d}" for k in range(20_000)], 10)
+    server.delay_s = 0.01
     tables = RangeLister(server, "", ROOT).tables()
-    for _ in range(30):
+    for _ in range(storage_ranges.SPAN_PAGES + 1):
         next(tables)
+    before = server.requests
     tables.close()
+    assert server.requests - before <= storage_ranges.THREADS
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("list")]
 
 
