@@ -161,7 +161,7 @@ def test_engines_agree_with_keras(small_artifact):
     batch = pixels(9)
     reference = np.asarray(model(batch, training=False))
     for engine in ("openvino", "tensorflow"):
-        loaded = load_predictor(small_artifact, engine=engine)
+        loaded = load_predictor(small_artifact, engine=engine, precision="f32")
         assert np.abs(loaded.predict(batch) - reference).max() <= 1e-4
         assert (loaded.engine, loaded.precision) == (engine, "f32")
 
@@ -266,7 +266,7 @@ def test_the_folder_is_a_servable(small_artifact, tmp_path):
 
     loaded = tf.saved_model.load(small_artifact.uri)
     batch = pixels(3)
-    ours = load_predictor(small_artifact).predict(batch)
+    ours = load_predictor(small_artifact, precision="f32").predict(batch)
     by_pixels = loaded.signatures["serving_pixels"](pixels=tf.constant(batch))["scores"].numpy()
     assert np.abs(by_pixels - ours).max() <= 1e-4
     encoded = []

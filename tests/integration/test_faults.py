@@ -55,7 +55,7 @@ class Stage:
 
 def start_run(models: str, source: str, output: str, environment: dict[str, str], size: int = SHARD_SIZE):
     command = [sys.executable, "-m", "cnn_ray.cli", "score", source, output, "--runner", "local", "--model", "small@1"]
-    command += ["--models-uri", models, "--shard-size", str(size), "--num-threads", "1"]
+    command += ["--models-uri", models, "--shard-size", str(size), "--num-threads", "1", "--no-report"]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
 

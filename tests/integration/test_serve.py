@@ -298,7 +298,11 @@ def test_the_example_file_is_what_serve_and_cnn_ray_accept():
 def test_the_score_job_gives_the_same_scores(server, small_models, tmp_path):
     source = write_images(tmp_path / "in", 12)
     config = ScoreConfig(
-        model="small@1", models_uri=small_models, input_uri=str(source), output_uri=str(tmp_path / "o")
+        model="small@1",
+        models_uri=small_models,
+        input_uri=str(source),
+        output_uri=str(tmp_path / "o"),
+        precision="f32",  # as the server of these tests; `auto` would take bf16 where the CPU has it
     )
     rows = read(run_score(config).partition_uri).to_pylist()
 
