@@ -26,10 +26,13 @@ class Run:
     wall_s: float
     cpu_s: float
     output: str
+    errors: str
 
 
 def run(command: list[str], timeout_s: float) -> Run:
     """The finished command, after its last orphan (Ray's daemons outlive the driver) has ended too.
+
+    Processes that this one started before are neither counted nor waited for.
 
     Raises:
         RuntimeError: it failed or took longer than timeout_s; the text holds the end of its errors.
@@ -37,7 +40,8 @@ def run(command: list[str], timeout_s: float) -> Run:
     _adopt_orphans()
     environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CNN_RAY_DEBUG")}
     environment |= {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONWARNINGS": "ignore", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    meter = _CpuMeter()
+    others = _descendants(_process_stats(), set())
+    meter = _CpuMeter(others)
     reaped = _reaped_s()
     start = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -54,10 +58,10 @@ def run(command: list[str], timeout_s: float) -> Run:
         if process.poll() is None:
             process.kill()
             process.wait()
-        _end_leftovers()
+        _end_leftovers(others)
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command[:6])} ... gave {process.returncode}:\n{err[-1500:]}")
-    return Run(wall_s, max(meter.total_s(), _reaped_s() - reaped), out)
+    return Run(wall_s, max(meter.total_s(), _reaped_s() - reaped), out, err)
 
 
 def _reaped_s() -> float:
@@ -69,7 +73,8 @@ def _reaped_s() -> float:
 class _CpuMeter:
     """Samples user and system time of all descendants: Ray ends its workers in ways that rusage never sees."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: set[int]) -> None:
+        self._others = others
         self._ticks: dict[tuple[int, str], int] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -92,7 +97,7 @@ class _CpuMeter:
 
     def _sample(self) -> None:
         stats = _process_stats()
-        for pid in _descendants(stats):
+        for pid in _descendants(stats, self._others):
             fields = stats[pid]
             self._ticks[pid, fields[19]] = int(fields[11]) + int(fields[12])
 
@@ -107,14 +112,15 @@ def _process_stats() -> dict[int, list[str]]:
     return found
 
 
-def _descendants(stats: dict[int, list[str]]) -> set[int]:
+def _descendants(stats: dict[int, list[str]], others: set[int]) -> set[int]:
+    """Processes below this one, without the others and what is below them."""
     children: dict[int, list[int]] = {}
     for pid, fields in stats.items():
         children.setdefault(int(fields[1]), []).append(pid)
     found: set[int] = set()
     queue = [os.getpid()]
     while queue:
-        below = children.get(queue.pop(), [])
+        below = [pid for pid in children.get(queue.pop(), []) if pid not in others]
         found.update(below)
         queue.extend(below)
     return found
@@ -125,14 +131,14 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _end_leftovers() -> None:
-    """Returns when no descendant is left: none may compute while the next contestant is measured."""
+def _end_leftovers(others: set[int]) -> None:
+    """Returns when no descendant but the others is left: none may compute while the next contestant is measured."""
     deadline = time.monotonic() + LEFTOVER_S
     while True:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        left = _descendants(_process_stats())
+        left = _descendants(_process_stats(), others)
         if not left:
             return
         if time.monotonic() > deadline:

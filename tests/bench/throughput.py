@@ -94,7 +94,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> None:
         shard_size=arguments.shard_size,
         batch_size=32,
     )
-    _run(_own_command("publish", material))
+    _run(own_command("publish", material))
     results: dict[str, list[Result]] = {name: [] for name in chosen}
     loads: list[float] = []
     for number in range(arguments.rounds):
@@ -131,11 +131,11 @@ def _one(name: str, material: Material, output: Path, python: str) -> Result:
     elif name in environment.RIVALS:
         command = [python, environment.script(name), material.for_rivals()]
     else:
-        command = _own_command(name, material)
+        command = own_command(name, material)
     forget_reads(material)
     done = _run(command)
     found: dict[str, Any] = {} if name in OURS else json.loads(done.output.splitlines()[-1])
-    marks = _commits(output) if name in OURS else [(float(at), int(rows)) for at, rows in found["marks"]]
+    marks = commits(output) if name in OURS else [(float(at), int(rows)) for at, rows in found["marks"]]
     return result_of(marks, material, done, found)
 
 
@@ -147,7 +147,8 @@ def score_command(material: Material, output: Path, runner: str, images: str | N
     return command + (["--shard-size", str(material.shard_size)] if material.shard_size else [])
 
 
-def _own_command(name: str, material: Material) -> list[str]:
+def own_command(name: str, material: Material) -> list[str]:
+    """This program as the contestant, or to publish."""
     return [sys.executable, str(Path(__file__).resolve()), "--contestant", name, "--material", material.to_json()]
 
 
@@ -157,7 +158,7 @@ def _run(command: list[str]) -> Any:
     return run(command, TIMEOUT_S)
 
 
-def _commits(output: Path) -> list[Mark]:
+def commits(output: Path) -> list[Mark]:
     """Marks from the parts' own times: progress is reported later than a part is committed."""
     import pyarrow.parquet as pq
 
