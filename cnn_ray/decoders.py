@@ -88,7 +88,7 @@ class Decoders:
         """All children have ended; whoever still waits for one gets an error."""
         self._closed = True
         for child in list(self._children):
-            child.end()
+            child.kill()  # its descriptors are closed by the thread that uses it, or with the pool
 
     def _start(self) -> _Child:
         if self._closed:
@@ -201,10 +201,15 @@ class _Child:
             return signal.Signals(-code).name
         return f"exit {code}" if self._ready else "start"
 
-    def end(self) -> None:
-        """The process has ended and is waited for."""
+    def kill(self) -> None:
+        """The process has ended and is waited for; whoever waits for its answer is told so by the end of the pipe."""
         self._process.kill()
         self._process.wait()
+
+    def end(self) -> None:
+        """The process has ended and its pipes are closed. For the thread that uses the child alone: a descriptor that
+        is closed under another thread is soon somebody else's, and then that thread waits for a stranger."""
+        self.kill()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None and not stream.closed:
                 try:

@@ -128,3 +128,33 @@ def test_a_closed_pool_answers_nobody(pool):
     pool.close()
     with pytest.raises(UnavailableError, match="closed pool"):
         ask(pool, image_bytes(0))
+
+
+def test_a_pool_closed_in_the_middle_leaves_nobody_waiting(monkeypatch):
+    """Between question and answer the pool is closed and other files are opened: nobody may wait for those."""
+    asked, closed = threading.Event(), threading.Event()
+    write = decoders._Child._write
+
+    def write_and_wait(self, data: bytes) -> None:
+        write(self, data)
+        asked.set()
+        closed.wait(10)
+
+    monkeypatch.setattr(decoders._Child, "_write", write_and_wait)
+    pool = Decoders(SIZE, CAPS, 1)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(ask, pool, image_bytes(0))
+        assert asked.wait(10)
+        pool.close()
+        pipes = [os.pipe() for _ in range(8)]
+        closed.set()
+        start = time.monotonic()
+        # the child may have answered before it was killed
+        try:
+            assert answer.result(20)[1] == (40, 30)
+        except UnavailableError:
+            assert pool._closed
+        assert time.monotonic() - start < 5
+    for descriptors in pipes:
+        for descriptor in descriptors:
+            os.close(descriptor)
