@@ -15,6 +15,8 @@ from pathlib import Path
 
 SAMPLE_S = 0.2
 LEFTOVER_S = 20.0
+LOAD_S = 1.0
+IDLE_CORES = 0.15
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -112,13 +114,34 @@ def _process_stats() -> dict[int, list[str]]:
     return found
 
 
-def _descendants(stats: dict[int, list[str]], others: set[int]) -> set[int]:
-    """Processes below this one, without the others and what is below them."""
+def wait_for_quiet(patience_s: float) -> float:
+    """Cores that other processes use now, after at most patience_s of waiting for less than IDLE_CORES."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        before = _busy_s()
+        time.sleep(LOAD_S)
+        load = (_busy_s() - before) / LOAD_S
+        if load < IDLE_CORES or time.monotonic() > deadline:
+            return load
+
+
+def _busy_s() -> float:
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def below(pid: int) -> set[int]:
+    """All living descendants of a process that is ours."""
+    return _descendants(_process_stats(), set(), pid)
+
+
+def _descendants(stats: dict[int, list[str]], others: set[int], root: int | None = None) -> set[int]:
+    """Processes below this one (or root), without the others and what is below them."""
     children: dict[int, list[int]] = {}
     for pid, fields in stats.items():
         children.setdefault(int(fields[1]), []).append(pid)
     found: set[int] = set()
-    queue = [os.getpid()]
+    queue = [root or os.getpid()]
     while queue:
         below = [pid for pid in children.get(queue.pop(), []) if pid not in others]
         found.update(below)

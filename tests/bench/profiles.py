@@ -2,6 +2,8 @@
 
     python tests/bench/profiles.py floor|local|ray [--images DIR ...] [--count 1024] [--native] [--raw FILE]
 
+floor and local from start to end, Ray's stage workers and their decoders for 8 s while all of them work.
+
 Every Python process of the run is sampled, 100 times a second, without threads that wait: decoder children, Ray's
 workers and the driver each under their own name. `--native` also sees C and C++ frames (slower; Linux x86). `--raw`
 keeps the collapsed stacks, for https://www.speedscope.app or any flame graph program.
@@ -11,19 +13,30 @@ from __future__ import annotations
 
 import argparse
 import collections
+import linecache
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from first_part import make_material
+from processes import below
 from throughput import TIMEOUT_S, own_command, score_command
 
 RATE = 100
+ATTACH_S = 8
+SETTLE_S = 2.0
 TOP = 12
+PACKAGE = Path(__file__).resolve().parents[2] / "cnn_ray"
 _PROCESS = re.compile(r'^process \d+:"?(.*?)"?$')
-_ROLES = (("cnn_ray.decoders", "decoder"), ("ray::", "ray worker"), ("gcs_server", "ray"), ("raylet", "ray"))
+_ROLES = (
+    ("cnn_ray.decoders", "decoder"),
+    ("_ReadStage", "ray read"),
+    ("_PredictStage", "ray predict"),
+    ("_CommitStage", "ray commit"),
+)
 _STAGES = (
     ("predict", "_PredictStage", "openvino_0", "predict_in_batches", "infer (cnn_ray/predictor"),
     ("decode", "decode (cnn_ray/images", "_child_main", "_decode ("),
@@ -31,6 +44,8 @@ _STAGES = (
     ("commit", "commit_shard", "_CommitStage", "_commit_timed"),
     ("imports", "_find_and_load", "<frozen importlib"),
 )
+_WAITS = ("wait (threading.py", "_worker (concurrent", "result (concurrent", "_read (cnn_ray/dec")
+"""Where a stack ends that py-spy saw awake although it only waits, or is about to."""
 
 
 def main() -> None:
@@ -43,23 +58,73 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cnn_ray-profile-") as folder:
         material = make_material(arguments.images, Path(folder), arguments.count)
-        if arguments.contestant == "floor":
-            command = own_command("floor", material)
-        else:
-            command = score_command(material, Path(folder) / "out", arguments.contestant)
         raw = arguments.raw or Path(folder) / "stacks.txt"
-        _record(command, raw, arguments.native)
+        if arguments.contestant == "ray":
+            _attach(score_command(material, Path(folder) / "out", "ray"), raw, arguments.native)
+        elif arguments.contestant == "local":
+            _record(score_command(material, Path(folder) / "out", "local"), raw, arguments.native)
+        else:
+            _record(own_command("floor", material), raw, arguments.native)
         print("\n".join(tables(raw.read_text(encoding="utf-8"))))
 
 
+def _py_spy(output: Path, native: bool) -> list[str]:
+    spy = [str(Path(sys.executable).with_name("py-spy")), "record", "--format", "raw", "--rate", str(RATE)]
+    return [*spy, "--output", str(output), *(["--native"] if native else [])]
+
+
 def _record(command: list[str], raw: Path, native: bool) -> None:
-    py_spy = str(Path(sys.executable).with_name("py-spy"))
-    spy = [py_spy, "record", "--format", "raw", "--rate", str(RATE), "--subprocesses", "--output", str(raw)]
-    done = subprocess.run(
-        [*spy, *(["--native"] if native else []), "--", *command], capture_output=True, text=True, timeout=TIMEOUT_S
-    )
+    """The stacks of the command and its children, from start to end."""
+    spy = [*_py_spy(raw, native), "--subprocesses", "--", *command]
+    done = subprocess.run(spy, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode != 0 or not raw.exists():
         raise SystemExit(f"py-spy gave {done.returncode}: {done.stderr[-1500:]}")
+
+
+def _attach(command: list[str], raw: Path, native: bool) -> None:
+    """The stacks of Ray's stage workers and their decoders for ATTACH_S, once all stages work: py-spy that starts Ray
+    itself never ends."""
+    spies: list[tuple[subprocess.Popen[bytes], Path]] = []
+    run_ = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        workers = _stage_workers(run_)
+        for pid, name in workers.items():
+            path = raw.with_name(f"{raw.name}.{pid}")
+            spy = [*_py_spy(path, native), "--duration", str(ATTACH_S), "--pid", str(pid)]
+            spies.append((subprocess.Popen(spy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), path))
+            path.with_suffix(f"{path.suffix}.name").write_text(name)
+        for spy, _ in spies:
+            spy.wait(TIMEOUT_S)
+        run_.wait(TIMEOUT_S)
+    finally:
+        run_.kill()
+        run_.wait()
+    with raw.open("w", encoding="utf-8") as whole:
+        for _, path in spies:
+            name = path.with_suffix(f"{path.suffix}.name").read_text()
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                whole.write(f'process 0:"{name}";{line}\n')
+
+
+def _stage_workers(run_: subprocess.Popen[bytes]) -> dict[int, str]:
+    """pid -> name of the workers below the run that do one of the three stages, and of the decoders below them."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while run_.poll() is None and time.monotonic() < deadline:
+        names = {pid: _title(pid) for pid in below(run_.pid)}
+        found = {pid: name for pid, name in names.items() if name.startswith("ray::") and "Stage" in name}
+        found |= {pid: "cnn_ray.decoders" for pid, name in names.items() if "cnn_ray.decoders" in name}
+        if any("Predict" in name for name in found.values()) and any("decoders" in name for name in found.values()):
+            time.sleep(SETTLE_S)
+            return found
+        time.sleep(0.2)
+    raise SystemExit("Expected workers of all stages. Received: none before the run ended. Raise --count.")
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def tables(stacks: str) -> list[str]:
@@ -89,7 +154,17 @@ def _role(frames: list[str]) -> str:
 
 
 def _stage(stack: str) -> str:
+    if _waits(stack.rpartition(";")[2]):
+        return "waiting"
     return next((stage for stage, *signs in _STAGES if any(sign in stack for sign in signs)), "other")
+
+
+def _waits(frame: str) -> bool:
+    if any(sign in frame for sign in _WAITS):
+        return True
+    _, _, where = frame.partition(" (cnn_ray/")
+    file, _, line = where.rstrip(")").rpartition(":")
+    return bool(where) and "os.read(" in linecache.getline(str(PACKAGE / file), int(line))
 
 
 def _place(frame: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from figures import Mark, Result, bars, result_of, table
 from material import REFERENCE, Material, forget_reads, gather_images, publish
+from processes import Run, run, wait_for_quiet
 from rivals import environment
 
 ORDER = ("floor", "opencv_floor", "local", "ray", "daft", "tf_data", "ray_recipe")
@@ -53,6 +54,9 @@ def _arguments() -> argparse.Namespace:
         "--only", help=f"contestants, of {','.join(ORDER)} (default all, with --short the first of ours)"
     )
     parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument(
+        "--quiet", type=float, default=0, help="seconds to wait for idle cores before a run (default 0)"
+    )
     parser.add_argument("--work", help="folder for the temporary files")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     parser.add_argument("--material", help=argparse.SUPPRESS)
@@ -94,13 +98,13 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> None:
         shard_size=arguments.shard_size,
         batch_size=32,
     )
-    _run(own_command("publish", material))
+    run(own_command("publish", material), TIMEOUT_S)
     results: dict[str, list[Result]] = {name: [] for name in chosen}
     loads: list[float] = []
     for number in range(arguments.rounds):
         turn = number % len(chosen)
         for name in chosen[turn:] + chosen[:turn]:
-            loads.append(_other_load())
+            loads.append(wait_for_quiet(arguments.quiet))
             print(f"round {number + 1} of {arguments.rounds}: {name} ", end="", file=sys.stderr, flush=True)
             result = _one(name, material, folder / f"out-{name}-{number}", python)
             results[name].append(result)
@@ -133,7 +137,7 @@ def _one(name: str, material: Material, output: Path, python: str) -> Result:
     else:
         command = own_command(name, material)
     forget_reads(material)
-    done = _run(command)
+    done: Run = run(command, TIMEOUT_S)
     found: dict[str, Any] = {} if name in OURS else json.loads(done.output.splitlines()[-1])
     marks = commits(output) if name in OURS else [(float(at), int(rows)) for at, rows in found["marks"]]
     return result_of(marks, material, done, found)
@@ -141,7 +145,7 @@ def _one(name: str, material: Material, output: Path, python: str) -> Result:
 
 def score_command(material: Material, output: Path, runner: str, images: str | None = None) -> list[str]:
     """`cnn-ray score` as typed, by this interpreter."""
-    command = [sys.executable, "-c", "from cnn_ray.cli import main; main()", "score", images or material.images]
+    command = [sys.executable, "-m", "cnn_ray.cli", "score", images or material.images]
     command += [str(output), "--model", REFERENCE, "--models-uri", material.models, "--engine", "openvino"]
     command += ["--precision", "f32", "--batch-size", str(material.batch_size), "--runner", runner]
     return command + (["--shard-size", str(material.shard_size)] if material.shard_size else [])
@@ -150,12 +154,6 @@ def score_command(material: Material, output: Path, runner: str, images: str | N
 def own_command(name: str, material: Material) -> list[str]:
     """This program as the contestant, or to publish."""
     return [sys.executable, str(Path(__file__).resolve()), "--contestant", name, "--material", material.to_json()]
-
-
-def _run(command: list[str]) -> Any:
-    from processes import run
-
-    return run(command, TIMEOUT_S)
 
 
 def commits(output: Path) -> list[Mark]:
@@ -176,18 +174,6 @@ def _equality(folder: Path) -> str:
     tables = [read(str(next((folder / f"out-{name}-0").rglob("_manifest-*")).parent)) for name in OURS]
     same = tables[0].sort_by("uri").equals(tables[1].sort_by("uri"))
     return f"ray's output {'equals' if same else 'DIFFERS from'} local's ({tables[0].num_rows} rows)"
-
-
-def _other_load() -> float:
-    """Cores that other processes use, over half a second in which this one sleeps."""
-
-    def busy() -> float:
-        fields = [int(f) for f in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
-        return (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-
-    before = busy()
-    time.sleep(0.5)
-    return (busy() - before) / 0.5
 
 
 def _cpu_model() -> str:
