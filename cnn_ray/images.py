@@ -28,7 +28,7 @@ from cnn_ray import image_files
 from cnn_ray.image_files import ALLOWED_FORMATS, ImageFile, RefusedError
 from cnn_ray.records import QuarantineCode, RowFailure
 
-__all__ = ["ALLOWED_FORMATS", "RESIZE_RULE", "DecodedImage", "ImageCaps", "decode", "thumbnail", "warm_up"]
+__all__ = ["ALLOWED_FORMATS", "RESIZE_RULE", "DecodedImage", "ImageCaps", "decode", "warm_up"]
 
 RESIZE_RULE = "stretch_area"
 """Stretched to the model's size, no letterbox; each output pixel is the mean of the area it covers."""
@@ -92,20 +92,6 @@ def decode(data: bytes, size_px: tuple[int, int], caps: ImageCaps) -> DecodedIma
         if "nsupported" in text or "cannot handle" in text:
             return RowFailure(QuarantineCode.UNSUPPORTED_FORMAT, text)
         return RowFailure(QuarantineCode.DECODE_ERROR, text)
-
-
-def thumbnail(data: bytes, long_side_px: int, caps: ImageCaps) -> bytes | RowFailure:
-    """A JPEG of the picture, upright, its proportions kept, its longer side at most `long_side_px`; or why there is
-    none. It is encoded here from pixels: no byte of `data`, and no metadata, is in it. Safe in threads."""
-    square = decode(data, (long_side_px, long_side_px), caps)
-    if isinstance(square, RowFailure):
-        return square
-    longest = max(square.width_px, square.height_px)
-    part = min(1.0, longest / long_side_px) * long_side_px / longest
-    size = (max(1, round(square.width_px * part)), max(1, round(square.height_px * part)))
-    out = BytesIO()
-    Image.fromarray(square.pixels).resize(size, Image.Resampling.BOX).save(out, "JPEG", quality=80)
-    return out.getvalue()
 
 
 def _decode(data: bytes, size_px: tuple[int, int], caps: ImageCaps) -> DecodedImage:

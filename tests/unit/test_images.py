@@ -22,7 +22,7 @@ from hostile import hostile_corpus
 from PIL import Image, ImageDraw
 
 from cnn_ray import image_files, images
-from cnn_ray.images import ALLOWED_FORMATS, RESIZE_RULE, DecodedImage, ImageCaps, decode, thumbnail
+from cnn_ray.images import ALLOWED_FORMATS, RESIZE_RULE, DecodedImage, ImageCaps, decode
 from cnn_ray.records import QuarantineCode, RowFailure
 
 SIZE = (48, 64)  # height, width
@@ -555,7 +555,7 @@ def test_threads_give_equal_bytes() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-# --- hostile corpus, fast paths, thumbnails --------------------------------------------------------------------------
+# --- hostile corpus, fast paths --------------------------------------------------------------------------------------
 
 CORPUS = hostile_corpus(3)
 
@@ -591,20 +591,3 @@ def test_jpeg_cut_and_closed_again_is_truncated(progressive: bool) -> None:
         closed = data[:-missing].rstrip(b"\xff") + b"\xff\xd9"
         Image.open(io.BytesIO(closed)).load()
         assert failure(closed).code == Q.TRUNCATED
-
-
-@pytest.mark.parametrize("size", [(1366, 768), (300, 900), (20, 10), (2000, 3)])
-def test_thumbnail_is_a_small_jpeg_of_our_own(size: tuple[int, int]) -> None:
-    exif = Image.Exif()
-    exif[0x010E] = "a secret description"
-    data = encode(page(900, 700).resize(size), "JPEG", exif=exif.tobytes(), comment=b"<script>")
-    small = thumbnail(data, 160, CAPS)
-    assert isinstance(small, bytes)
-    assert b"secret" not in small
-    assert b"script" not in small
-    with Image.open(io.BytesIO(small)) as image:
-        assert image.format == "JPEG"
-        assert max(image.size) == min(160, max(size))
-        for got, side in zip(image.size, size, strict=True):
-            assert abs(got - max(1, side * max(image.size) / max(size))) <= 0.5
-    assert isinstance(thumbnail(b"no image", 160, CAPS), RowFailure)
