@@ -251,7 +251,9 @@ def print_diff(found: RunDiff, console: Console) -> None:
     if found.shift_mean is not None and found.psi is not None:
         rows += [("mean shift", f"{found.shift_mean:+.4f}"), ("PSI", f"{found.psi:.3f} ({reading_of_psi(found.psi)})")]
         rows += [(f"shift {name}", f"{value:+.4f}") for name, value in found.shift_quantiles.items()]
-    print_table(console, f"score of {found.score}, A = {found.a}, B = {found.b}", rows)
+    say(console, f"A: {found.a}")
+    say(console, f"B: {found.b}")
+    print_table(console, f"score of {found.score}", rows)
     labels = sorted(set(found.label_changes) | {name for row in found.label_changes.values() for name in row})
     matrix = [(a, *(f"{found.label_changes.get(a, {}).get(b, 0):,}" for b in labels)) for a in labels]
     if matrix:
