@@ -55,6 +55,8 @@ def main() -> None:
 
     def read(path: Path) -> np.ndarray:
         image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB)
+        if image is None:
+            raise ValueError(f"{path}: not an image to OpenCV")
         return cv2.resize(image, side, interpolation=cv2.INTER_AREA)
 
     found = bare.run(

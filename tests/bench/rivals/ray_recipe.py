@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from typing import Any
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -21,7 +22,7 @@ class Predictor:
     def __init__(self, path: str) -> None:
         import keras
 
-        self._model = keras.saving.load_model(path, compile=False)
+        self._model: Any = keras.saving.load_model(path, compile=False)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"path": batch["path"], "scores": self._model.predict(batch["image"], verbose=0)}

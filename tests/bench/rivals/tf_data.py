@@ -31,7 +31,7 @@ def main() -> None:
         def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
             marks.append([time.time(), min((batch + 1) * batch_size, given["count"])])
 
-    model = keras.saving.load_model(given["keras"], compile=False)
+    model: Any = keras.saving.load_model(given["keras"], compile=False)
     scores = model.predict(dataset, verbose=0, callbacks=[Clock()])
     marks[-1][1] = len(scores)
     sys.stdout.write(json.dumps({"marks": marks}) + "\n")
