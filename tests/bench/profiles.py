@@ -7,6 +7,9 @@ floor and local from start to end, Ray's stage workers and their decoders for 8 
 Every Python process of the run is sampled, 100 times a second, without threads that wait: decoder children, Ray's
 workers and the driver each under their own name. `--native` also sees C and C++ frames (slower; Linux x86). `--raw`
 keeps the collapsed stacks, for https://www.speedscope.app or any flame graph program.
+
+OpenVINO's own threads are not Python's and not seen: the share of predict is too low. `throughput.py --only floor` has
+the true split of the CPU time.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ _ROLES = (
 _STAGES = (
     ("predict", "_PredictStage", "openvino_0", "predict_in_batches", "infer (cnn_ray/predictor"),
     ("decode", "decode (cnn_ray/images", "_child_main", "_decode ("),
-    ("fetch", "_read_image", "fetch_decode", "_ReadStage"),
+    ("fetch", "_read_image", "fetch_decode", "_ReadStage", "_Decoder.__call__"),
     ("commit", "commit_shard", "_CommitStage", "_commit_timed"),
     ("imports", "_find_and_load", "<frozen importlib"),
 )
