@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing of `cnn_ray.images.decode`, seeded with the hostile corpus.
 
-    python3 -m venv /tmp/fuzz && /tmp/fuzz/bin/pip install atheris numpy pillow deflate simplejpeg opencv-python-headless pyarrow pydantic
+    python3 -m venv /tmp/fuzz
+    /tmp/fuzz/bin/pip install atheris numpy pillow deflate simplejpeg opencv-python-headless pyarrow pydantic
     /tmp/fuzz/bin/python tests/fuzz/fuzz_images.py CORPUS_FOLDER -max_total_time=900 -timeout=20 -rss_limit_mb=2048
 
 What may never happen: an exception, another form of answer, 20 s for one file, or 2 GiB. Coverage is that of our own
