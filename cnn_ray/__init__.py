@@ -57,6 +57,7 @@ Jobs.
     drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
     console.py        progress and tables
+    cli_models.py     the verbs about models
     demo.py           the whole line on drawn screenshots
     cli.py            verbs and exit codes only
 """

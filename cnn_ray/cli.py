@@ -7,17 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 import cnn_ray
-from cnn_ray.config import Config, ScoreConfig, ServeConfig, TrainConfig
+from cnn_ray.cli_models import compare, evaluate, model
+from cnn_ray.config import ScoreConfig, ServeConfig, TrainConfig
 from cnn_ray.errors import CnnRayError
-from cnn_ray.flags import config_flags, config_from_flags
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
+from cnn_ray.flags import print_config as show_config
 
 INTERRUPTED = 130
 
@@ -69,21 +68,9 @@ def commands() -> None:
     """Scores screenshot collections with CNN classifiers into Parquet, exactly once; trains and serves the models."""
 
 
-def _shared_flags(command: Any) -> Any:
-    command = click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, change nothing.")(
-        command
-    )
-    command = click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop.")(
-        command
-    )
-    return click.option(
-        "--config", "config_file", metavar="FILE.yaml", help="Read these keys from a YAML file; flags win."
-    )(command)
-
-
 @commands.command()
 @config_flags(ScoreConfig, positional=("input_uri", "output_uri"))
-@_shared_flags
+@shared_flags
 def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
     """Score every image in INPUT into Parquet under OUTPUT, exactly once.
 
@@ -92,7 +79,7 @@ def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
     """
     config = config_from_flags(ScoreConfig, config_file, flags)
     if print_config:
-        return _print_config(config)
+        return show_config(config)
     from cnn_ray import console as ui
     from cnn_ray import score as job
 
@@ -105,45 +92,61 @@ def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
         if plan.generation > 1 and not plan.resumes:
             click.echo(f"Generation {plan.generation}: {ui.describe_changes(plan.changes)}.")
         return None
-    with ui.RowProgress("scored", _console()) as bar:
+    with ui.RowProgress("scored", stderr_console()) as bar:
         result = job.run_score(config, lambda p: bar.update(p.rows, p.planned, p.quarantined))
-    ui.print_score_result(result, _console(stderr=False))
+    ui.print_score_result(result, stdout_console())
     return None
 
 
 @commands.command()
 @config_flags(TrainConfig)
-@_shared_flags
-def train(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
+@shared_flags
+@click.option("--resume", "resume_uri", metavar="RUN", help="Go on with an unfinished run, as it was configured.")
+@click.option(
+    "--preview-augmentation", "preview", metavar="FILE.png", help="Draw examples of the augmentation and stop."
+)
+def train(
+    config_file: str | None,
+    print_config: bool,
+    dry_run: bool,
+    resume_uri: str | None,
+    preview: str | None,
+    **flags: Any,
+) -> None:
     """Train a classifier on labelled images with Ray Train and write it as the next version of a model."""
-    config = config_from_flags(TrainConfig, config_file, flags)
-    if print_config:
-        return _print_config(config)
     from cnn_ray import console as ui
-    from cnn_ray import dataset
     from cnn_ray import train as job
 
+    if resume_uri is not None:
+        config = job.resumed_config(resume_uri, config_file, flags)
+    else:
+        config = config_from_flags(TrainConfig, config_file, flags)
+    if print_config:
+        return show_config(config)
+    console = stderr_console()
+    if preview is not None:
+        from cnn_ray.preview import draw_augmentation
+
+        return click.echo(f"Examples of augmentation {config.model.augmentation}: {draw_augmentation(config, preview)}")
     if dry_run:
-        labelled = dataset.read_labelled_set(config.data, config.seed)
-        click.echo(
-            f"Would train {config.model.architecture} on {len(labelled.uris)} images of {len(labelled.labels)} classes."
-        )
-        return None
-    console = _console()
+        from cnn_ray.console_training import print_findings
+
+        rehearsal = job.dry_run(config)
+        print_findings(rehearsal.findings, config.allow, console)
+        return click.echo(rehearsal.sentence)
     with ui.waiting(console, f"Training {config.model.architecture} with {config.num_workers} workers: Ray starts"):
         result = job.run_training(config, on_epoch=lambda metrics: ui.print_epoch(metrics, console))
-    click.echo(f"Model: {result.reference} in {result.artifact_uri}")
-    return None
+    return click.echo(f"Model: {result.reference} in {result.artifact_uri}")
 
 
 @commands.command()
 @config_flags(ServeConfig)
-@_shared_flags
+@shared_flags
 def serve(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
     """Answer single screenshots over HTTP, as TensorFlow Serving does."""
     config = config_from_flags(ServeConfig, config_file, flags)
     if print_config:
-        return _print_config(config)
+        return show_config(config)
     from cnn_ray.artifact import load_artifact
 
     if dry_run:
@@ -154,7 +157,7 @@ def serve(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
     from cnn_ray.serve import run_server
 
     name = config.model.partition("@")[0]
-    ui.say(_console(), f"Starting Ray Serve for {config.model} (about 15 s)")
+    ui.say(stderr_console(), f"Starting Ray Serve for {config.model} (about 15 s)")
     run_server(config, on_ready=lambda url: click.echo(f"Ready: POST {url}/v1/models/{name}:predict (Ctrl-C ends it)"))
     return None
 
@@ -165,66 +168,12 @@ def demo(folder: str) -> None:
     """Draw screenshots, train on them, score unseen ones: the whole line in FOLDER, with nothing but this package."""
     from cnn_ray.demo import run_demo
 
-    run_demo(folder, _console(stderr=False), _console())
+    run_demo(folder, stdout_console(), stderr_console())
 
 
-@commands.group()
-def model() -> None:
-    """List, show and verify the versions of models."""
-
-
-_models_uri = click.option(
-    "--models-uri", default="models", show_default=True, help="Folder or s3:// prefix of the models."
-)
-
-
-@model.command("list")
-@_models_uri
-def model_list(models_uri: str) -> None:
-    """List all model versions."""
-    from cnn_ray import artifact, console
-
-    found = artifact.list_artifacts(models_uri)
-    if not found:
-        click.echo(f"No models in {models_uri}. Next: cnn-ray train --config FILE.yaml, or cnn-ray demo.")
-        return
-    aliases = {name: artifact.read_aliases(models_uri, name) for name in {a.name for a in found}}
-    rows = [
-        (
-            a.reference,
-            a.description.definition.architecture,
-            ", ".join(a.labels[:4]) + (" ..." if len(a.labels) > 4 else ""),
-            "x".join(str(side) for side in a.size_px),
-            ", ".join(sorted(alias for alias, version in aliases[a.name].items() if version == a.version)),
-            a.description.created_at,
-        )
-        for a in found
-    ]
-    console.print_table(
-        _console(stderr=False), "", rows, ("model", "architecture", "labels", "input px", "aliases", "created")
-    )
-
-
-@model.command("show")
-@click.argument("reference")
-@_models_uri
-def model_show(reference: str, models_uri: str) -> None:
-    """Print artifact.json of a version."""
-    from cnn_ray.artifact import load_artifact
-
-    click.echo(load_artifact(models_uri, reference).description.model_dump_json(indent=2))
-
-
-@model.command("verify")
-@click.argument("reference")
-@_models_uri
-def model_verify(reference: str, models_uri: str) -> None:
-    """Read every file of a version and compare its digest with artifact.json."""
-    from cnn_ray.artifact import load_artifact, verify_artifact
-
-    artifact = load_artifact(models_uri, reference)
-    count = verify_artifact(artifact)
-    click.echo(f"{artifact.reference}: {count} files as published, digest {artifact.digest}")
+commands.add_command(model)
+commands.add_command(evaluate)
+commands.add_command(compare)
 
 
 @commands.group()
@@ -243,7 +192,7 @@ def runs_list(output_uri: str) -> None:
     if not found:
         click.echo(f"No runs in {output_uri}. Next: cnn-ray score INPUT OUTPUT --model NAME@VERSION.")
         return
-    ui.print_runs(found, _console(stderr=False))
+    ui.print_runs(found, stdout_console())
 
 
 @runs.command("show")
@@ -257,7 +206,7 @@ def runs_show(partition_uri: str, as_json: bool) -> None:
     manifest = job.show_run(partition_uri)
     if as_json:
         return click.echo(manifest.model_dump_json(indent=2))
-    return ui.print_manifest(manifest, _console(stderr=False))
+    return ui.print_manifest(manifest, stdout_console())
 
 
 @runs.command("diff")
@@ -272,7 +221,7 @@ def runs_diff(partition_a: str, partition_b: str, as_json: bool) -> None:
     found = job.diff_runs(partition_a, partition_b)
     if as_json:
         return click.echo(found.model_dump_json(indent=2))
-    return ui.print_diff(found, _console(stderr=False))
+    return ui.print_diff(found, stdout_console())
 
 
 @runs.command("compact")
@@ -283,18 +232,6 @@ def runs_compact(partition_uri: str, folder: str) -> None:
     from cnn_ray.runs import compact_run
 
     click.echo(f"Parquet: {compact_run(partition_uri, folder)}")
-
-
-def _print_config(config: Config) -> None:
-    import yaml
-
-    click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
-
-
-def _console(*, stderr: bool = True) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
 
 
 if __name__ == "__main__":

@@ -111,22 +111,33 @@ class ScoreConfig(ModelConfig):
 
 
 class DataConfig(Config):
-    """Labelled images: a folder of class folders, or a manifest with one row per image."""
+    """Labelled images: class folders, a manifest with one row per image, or a data set as it is distributed."""
 
     uri: str
-    """Folder or s3:// prefix with one folder per class, or a manifest (.csv, .parquet) of labelled images."""
+    """Folder or s3:// prefix with one folder per class, a manifest (.csv, .parquet), keras.datasets.cifar10, an .npz of
+    encoded images, or the folder of Oxford 102 Flowers (jpg/, imagelabels.mat, setid.mat)."""
+    format: Literal["auto", "folders", "manifest", "cifar10", "flowers102"] = "auto"
+    """How the data lie there; auto sees it from the name and the files."""
     uri_column: str = "uri"
     """Manifest column with the image location; relative ones start at the manifest's folder."""
     label_column: str = "label"
     """Manifest column with the class name."""
     group_column: str | None = None
     """Manifest column (domain, brand) whose values never stand on both sides of the split."""
+    source_column: str | None = None
+    """Manifest column with where an image came from; evaluate reports by it."""
     split_column: str | None = None
-    """Manifest column with train, validation or test; without it the split is drawn from the seed."""
+    """Manifest column with train, validation or test; without it the split is drawn from split_seed."""
     labels: tuple[str, ...] | None = None
     """Class names in output order; by default the sorted names found in the data."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the images (of whole groups, where there are groups) kept for validation."""
+    """Share of the training images (of whole groups, where there are groups) kept for validation."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share kept for the test set, where the data name none; no training ever reads it."""
+    split_seed: int = 0
+    """Seed of the split: trainings with different seeds can share one split."""
+    near_duplicates: Literal["keep_together", "ignore"] = "keep_together"
+    """keep_together: images that look alike (perceptual hash) never stand on both sides of a split that is drawn."""
     limit: PositiveInt | None = None
     """Take only N images, evenly over the classes, to try things out."""
 
@@ -135,17 +146,51 @@ class ModelDefinition(Config):
     """What is trained: the architecture, its start weights and its head."""
 
     architecture: str = "simple_cnn"
-    """simple_cnn, or the name of a keras.applications model such as MobileNetV2, ResNet50 or EfficientNetB0."""
+    """simple_cnn, augmented_cnn, lenet5, alexnet, small_resnet, or the name of a keras.applications model such as
+    MobileNetV2, ResNet50 or EfficientNetB0 (in any case of letters)."""
     weights: str | None = None
     """Start weights of the backbone: imagenet (downloaded by Keras), a .weights.h5 file (local or s3://), or none."""
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 that the file of start weights must have."""
     input_size_px: PositiveInt | None = None
     """Side of the square model input; by default the architecture's own size."""
+    preprocessing: Literal["auto", "none", "zero_to_one", "minus_one_to_one", "imagenet_caffe", "imagenet_torch"] = (
+        "auto"
+    )
+    """How pixel values reach the backbone; auto is what its published weights were made for."""
+    top: Literal["pooled", "original"] = "pooled"
+    """pooled: average pooling and one output layer. original: the layers that the paper has (VGG16: 4096, 4096)."""
     hidden_units: Annotated[int, Field(ge=0)] = 0
     """Width of a Dense layer between pooling and output; 0 means none. simple_cnn has its own of 64."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of features dropped before the output layer while training."""
-    augmentation: Literal["none", "photo"] = "none"
-    """photo: flip, rotation, zoom and contrast, inside the model and active only in training."""
+    augmentation: Literal["none", "photo", "screenshot"] = "none"
+    """photo: flip, rotation, zoom, contrast. screenshot: crop and rescale, page zoom, small translations, brightness,
+    contrast, JPEG recompression; never flips or rotations. Inside the model, active only in training."""
+
+
+class EarlyStoppingConfig(Config):
+    """Keras's EarlyStopping on the validation loss; the best weights are restored."""
+
+    patience: PositiveInt = 5
+    """Epochs without a lower validation loss before the phase ends."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """A smaller gain than this counts as none."""
+
+
+class ReduceLROnPlateauConfig(Config):
+    """Keras's ReduceLROnPlateau on the validation loss."""
+
+    patience: PositiveInt = 3
+    """Epochs without a lower validation loss before the learning rate is lowered."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """What the learning rate is multiplied with."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """The learning rate never goes below this."""
+    min_delta: Annotated[float, Field(ge=0)] = 1e-4
+    """A smaller gain than this counts as none."""
+    cooldown: Annotated[int, Field(ge=0)] = 0
+    """Epochs after a reduction in which none is counted."""
 
 
 class PhaseConfig(Config):
@@ -155,10 +200,43 @@ class PhaseConfig(Config):
     """Passes over the training images."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Step size of the optimizer; it does not change with the number of workers."""
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Keras optimizer."""
-    patience: PositiveInt | None = None
-    """Stop after N epochs without a lower validation loss, and go back to the best weights; by default never."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum of sgd (Nesterov's when above 0)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of kernels (adamw, sgd); biases and normalisation are left out."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: the learning rate falls to 0 along half a cosine over the phase, step by step."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs in which the learning rate rises linearly from 0 before the schedule begins."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Stop the phase when the validation loss no longer falls, with the best weights."""
+    reduce_lr_on_plateau: ReduceLROnPlateauConfig | None = None
+    """Lower the learning rate when the validation loss no longer falls."""
+
+    @model_validator(mode="after")
+    def _one_master_of_the_rate(self) -> PhaseConfig:
+        if self.schedule == "cosine" and self.reduce_lr_on_plateau is not None:
+            raise ValueError("Expected schedule cosine or reduce_lr_on_plateau, not both. Received: both.")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"Expected momentum with optimizer sgd. Received: {self.optimizer}.")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError("Expected weight_decay with optimizer adamw or sgd. Received: adam.")
+        return self
+
+
+GuardName = Literal[
+    "wrong_input_shape",
+    "unnormalised_pixels",
+    "too_many_parameters",
+    "no_augmentation",
+    "unfrozen_too_early",
+    "label_leakage",
+    "class_imbalance",
+    "constant_input",
+    "too_few_per_class",
+]
 
 
 class TrainConfig(Config):
@@ -181,17 +259,36 @@ class TrainConfig(Config):
     batch_size: PositiveInt = 32
     """Global batch size, over all workers."""
     seed: int = 0
-    """Seed of the split, the start weights and the shuffling."""
-    precision: Literal["float32", "mixed_bfloat16"] = "float32"
+    """Seed of the start weights, the augmentation and the shuffling."""
+    loss: Literal["crossentropy", "focal"] = "crossentropy"
+    """focal: (1 - p)^focal_gamma times cross-entropy, for classes that drown in easy examples (arXiv 1708.02002)."""
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0
+    """Exponent of the focal loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread evenly over all classes."""
+    class_weight: Literal["none", "balanced"] = "none"
+    """balanced: each class weighs N / (classes x its images), so that rare classes count as much as common ones."""
+    logs: tuple[Literal["CSVLogger", "TensorBoard"], ...] = ()
+    """Keras callbacks that write the epochs' metrics into the run's folder."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Keras dtype policy while training; the published model is float32 in any case."""
+    cache_features: bool = False
+    """Compute a frozen backbone once per image instead of in every epoch (exact without augmentation; with it an
+    approximation: each image keeps the augmentation of its first pass)."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 2 * 1024**3
+    """Decoded pixels that each worker keeps in memory; images beyond are decoded again in every epoch."""
     num_workers: PositiveInt = 1
     """Ray Train workers; one worker is one GPU when use_gpu is set."""
+    min_workers: PositiveInt | None = None
+    """Elastic: go on with no fewer than this many workers when nodes are lost; by default all of num_workers."""
     use_gpu: bool = False
     """Give each worker one GPU."""
     max_failures: Annotated[int, Field(ge=-1)] = 2
     """How often a broken worker group is restarted from the last checkpoint."""
     collective_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     """A worker that waits longer than this for the others ends with an error instead of hanging."""
+    allow: tuple[GuardName, ...] = ()
+    """Guards that may find something without stopping the run."""
     positive_label: str | None = None
     """The class that `flagged` is about, such as phishing; by default the last one of two classes."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -200,9 +297,113 @@ class TrainConfig(Config):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not re.match(NAME_PATTERN, value):
-            raise ValueError(f"Expected letters, digits, dot, dash or underscore. Received: {value!r}.")
-        return value
+        return _checked_name(value)
+
+    @model_validator(mode="after")
+    def _worker_bounds(self) -> TrainConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"Expected min_workers <= num_workers. Received: {self.min_workers} > {self.num_workers}.")
+        if self.cache_features and self.model.weights is None:
+            raise ValueError("Expected model.weights with cache_features: only a frozen backbone can be cached.")
+        return self
+
+
+class CompareConfig(Config):
+    """Several trainings on one split and one list of seeds, side by side."""
+
+    name: str
+    """Name of the comparison; its trainings publish models NAME-VARIANT."""
+    output_uri: str = "comparisons"
+    """Folder or s3:// prefix for the table (comparison.json) and the page (comparison.html)."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One training per variant and seed."""
+    base: dict[str, Any]
+    """Keys of a training configuration (all but name and seed) that all variants share."""
+    variants: dict[str, dict[str, Any]]
+    """Variant name -> keys that it changes in base."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _checked_name(value)
+
+    @model_validator(mode="after")
+    def _something_to_compare(self) -> CompareConfig:
+        if not self.variants or not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("Expected one or more variants and different seeds. Received: none, or a seed twice.")
+        for variant in self.variants:
+            _checked_name(variant)
+        return self
+
+    def training(self, variant: str, seed: int) -> TrainConfig:
+        """The training of one variant with one seed.
+
+        Raises:
+            ConfigError: base and variant do not make a training configuration.
+        """
+        own = {"name": f"{self.name}-{variant}", "seed": seed}
+        source = f"base and variant {variant}"
+        return build_config(TrainConfig, self.base, self.variants[variant], own, source=source)
+
+
+class LabelledScoresConfig(ModelConfig):
+    """A model and labelled images that it is judged on."""
+
+    data: DataConfig
+    """The labelled images."""
+    split: Literal["all", "train", "validation", "test"] = "all"
+    """Which side of the split is scored; all: every image of the data."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
+    """Resamples behind each confidence interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Confidence level of every interval."""
+
+
+class EvaluateConfig(LabelledScoresConfig):
+    """What a model gets right and wrong on labelled images, as a page and as JSON."""
+
+    output_uri: str = "evaluations"
+    """Folder or s3:// prefix; evaluation.html and evaluation.json lie below it under model, version and data."""
+
+
+class CalibrateConfig(LabelledScoresConfig):
+    """The positive label's threshold at a false-positive budget, as a new version of the model."""
+
+    split: Literal["all", "train", "validation", "test"] = "validation"
+    """Which side of the split is scored; all: every image of the data."""
+    max_fpr: Annotated[float, Field(gt=0, lt=1)] = 0.001
+    """Largest share of negatives that may be flagged."""
+    temperature_scaling: bool = True
+    """Scale the logits first so that scores are probabilities (arXiv 1706.04599); labels do not change."""
+
+
+class PromoteConfig(LabelledScoresConfig):
+    """The release gate: an alias moves to a version that is not worse than the one it means now."""
+
+    alias: str = "champion"
+    """Alias to move."""
+    metric: Literal["auto", "accuracy", "roc_auc", "pr_auc", "recall_at_fpr"] = "auto"
+    """What is compared; auto: roc_auc with a positive label, else accuracy."""
+    max_fpr: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """False-positive rate of recall_at_fpr."""
+    force: bool = False
+    """Move the alias whatever the comparison says; needs reason."""
+    reason: str | None = None
+    """Why, written into the record of the promotion."""
+
+    @model_validator(mode="after")
+    def _forced_with_reason(self) -> PromoteConfig:
+        if self.force and not (self.reason or "").strip():
+            raise ValueError("Expected --reason with --force. Received: none.")
+        return self
+
+
+def _checked_name(value: str) -> str:
+    if not re.match(NAME_PATTERN, value):
+        raise ValueError(f"Expected letters, digits, dot, dash or underscore. Received: {value!r}.")
+    return value
 
 
 class ServeConfig(ModelConfig):

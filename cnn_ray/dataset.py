@@ -84,7 +84,7 @@ class _Rows:
         return _Rows(pick(self.uris) or [], pick(self.names) or [], pick(self.groups), pick(self.splits))
 
 
-def read_labelled_set(config: DataConfig, seed: int) -> LabelledSet:
+def read_labelled_set(config: DataConfig) -> LabelledSet:
     """The labelled images that the configuration names, with labels as numbers and every image on one side.
 
     Raises:
@@ -92,6 +92,7 @@ def read_labelled_set(config: DataConfig, seed: int) -> LabelledSet:
             group on both sides of a given split, or a class too small to stand on both sides.
         StorageError: the location cannot be read.
     """
+    seed = config.split_seed
     root_uri, rows = _manifest_rows(config) if is_manifest(config.uri) else _folder_rows(config.uri)
     if not rows.uris:
         raise DataError(

@@ -29,10 +29,18 @@ class DataError(ConfigError):
     """Training data or a manifest does not have the promised form."""
 
 
+class GuardError(ConfigError):
+    """A guard found one of the well-known mistakes; `--allow NAME` overrides it."""
+
+
 class ArtifactError(CnnRayError):
     """A model is missing, damaged, or not what its artifact.json says."""
 
     exit_code = 3
+
+
+class PromotionRefusedError(ArtifactError):
+    """The release gate: the version is worse than the one that the alias means now."""
 
 
 class PlanError(CnnRayError):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 from pydantic.fields import FieldInfo
 
 from cnn_ray.config import Config, build_config, load_yaml
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -19,7 +22,8 @@ SEPARATOR = "__"
 
 
 def config_flags(kind: type[Config], *, positional: tuple[str, ...] = ()) -> Callable[[CommandT], CommandT]:
-    """A decorator that gives a click command one flag per field, and an argument for each positional one.
+    """A decorator that gives a click command one flag per field, and an argument for each positional one
+    (`data__uri` for a field of a nested class).
 
     Values stay text: the configuration class alone converts and checks them, with one wording for file and flag.
     Fields of a nested class are flags with its name in front (`--data-uri`).
@@ -27,15 +31,48 @@ def config_flags(kind: type[Config], *, positional: tuple[str, ...] = ()) -> Cal
 
     def decorate(command: CommandT) -> CommandT:
         for path, field in reversed(list(_fields(kind))):
-            if path[0] not in positional:
+            if SEPARATOR.join(path) not in positional:
                 command = _option(path, field)(command)
         for name in reversed(positional):
-            field = kind.model_fields[name]
-            metavar = name.removesuffix("_uri").upper()
+            metavar = name.removesuffix("uri").strip("_").upper()
             command = click.argument(name, required=False, metavar=metavar)(command)
         return command
 
     return decorate
+
+
+def shared_flags(command: CommandT) -> CommandT:
+    """The command with what every job has: `--config FILE.yaml`, `--print-config`, `--dry-run`."""
+    for option in (
+        click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, change nothing."),
+        click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop."),
+        click.option(
+            "--config", "config_file", metavar="FILE.yaml", help="Read these keys from a YAML file; flags win."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def print_config(config: Config) -> None:
+    """Prints the resolved configuration as YAML."""
+    import yaml
+
+    click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
+
+
+def stdout_console() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    return Console()
+
+
+def stderr_console() -> Console:
+    """Where progress goes."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def config_from_flags(kind: type[ConfigT], file: str | None, flags: Mapping[str, Any]) -> ConfigT:

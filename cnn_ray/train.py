@@ -63,7 +63,7 @@ def run_training(config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> Tra
 
     config = _absolute(config)
     check_definition(config.model)
-    labelled = read_labelled_set(config.data, config.seed)
+    labelled = read_labelled_set(config.data)
     _check_positive_label(config, labelled)
     run_name = _run_name(config, labelled)
     job = TrainJob(config, labelled, f"{config.runs_uri.rstrip('/')}/{run_name}")

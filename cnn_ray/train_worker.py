@@ -181,9 +181,10 @@ def _callbacks(config: TrainConfig, phase: str) -> list[Any]:
     import keras
 
     settings = config.fine_tune if phase == "fine_tune" and config.fine_tune is not None else config.train
-    if settings.patience is None:
+    if settings.early_stopping is None:
         return []
-    return [keras.callbacks.EarlyStopping("val_loss", patience=settings.patience, restore_best_weights=True)]
+    patience = settings.early_stopping.patience
+    return [keras.callbacks.EarlyStopping("val_loss", patience=patience, restore_best_weights=True)]
 
 
 def _publish(

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from cnn_ray import cli, errors
-from cnn_ray.config import ScoreConfig, TrainConfig, build_config, load_yaml
+from cnn_ray.config import CompareConfig, ScoreConfig, TrainConfig, build_config, load_yaml
 from cnn_ray.records import QuarantineCode
 
 ROOT = Path(__file__).parent.parent
@@ -56,9 +56,10 @@ def test_constraints_pin_every_dependency_and_name_no_host():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.name)
 def test_example_configurations_load(path):
-    kind = {"score": ScoreConfig, "train": TrainConfig}.get(re.split(r"[_.]", path.name)[0])
-    if kind is not None:
-        flags = {"date": "2026-11-23"} if kind is ScoreConfig else {}
-        build_config(kind, load_yaml(path), flags, source=path.name)
-    else:
-        assert path.name == "serve.yaml"  # tests/contract/test_cluster_yaml.py loads it with Ray's own schema
+    if path.name == "serve.yaml":
+        return  # tests/contract/test_cluster_yaml.py loads it with Ray's own schema
+    kind = {"score": ScoreConfig, "compare": CompareConfig}.get(re.split(r"[_.]", path.name)[0], TrainConfig)
+    flags = {"date": "2026-11-23"} if kind is ScoreConfig else {}
+    config = build_config(kind, load_yaml(path), flags, source=path.name)
+    if isinstance(config, CompareConfig):
+        assert all(config.training(variant, seed) for variant in config.variants for seed in config.seeds)

@@ -109,7 +109,7 @@ def test_the_next_run_of_the_same_command_has_its_own_folder(trained):
 
     folder, result, _, _ = trained
     config = configuration(folder).model_copy(update={"num_workers": 1, "max_failures": 0})
-    labelled = read_labelled_set(DataConfig(uri=str(folder / "images")), config.seed)
+    labelled = read_labelled_set(DataConfig(uri=str(folder / "images")))
     name = _run_name(configuration(folder), labelled)
     assert name == f"{Path(result.run_uri).name[:-2]}-2"
     assert _run_name(config, labelled) == name, "a crashed run may go on with another number of workers"

@@ -42,7 +42,7 @@ def test_class_folders_become_labels_and_a_stratified_split(tmp_path):
     (root / ".hidden").mkdir()
     (root / ".hidden" / "x.png").write_bytes(png())
     (root / "README.txt").write_text("not in a class")
-    labelled = read_labelled_set(DataConfig(uri=str(root)), seed=1)
+    labelled = read_labelled_set(DataConfig(uri=str(root), split_seed=1))
     assert labelled.labels == ("cat", "dog")
     assert counts(labelled, "train") == [24, 8]
     assert counts(labelled, "validation") == [6, 2]
@@ -52,7 +52,7 @@ def test_class_folders_become_labels_and_a_stratified_split(tmp_path):
 
 def test_the_split_depends_on_the_seed_alone(tmp_path):
     config = DataConfig(uri=str(class_folders(tmp_path / "d", cat=30, dog=30)))
-    first, again, other = (read_labelled_set(config, seed) for seed in (1, 1, 2))
+    first, again, other = (read_labelled_set(config.model_copy(update={"split_seed": s})) for s in (1, 1, 2))
     assert first.digest() == again.digest()
     assert first.digest() != other.digest()
 
@@ -63,7 +63,7 @@ def test_s3_class_folders(s3_uri):
     store = open_store(s3_uri)
     for key in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "_x/1.png"):
         store.put(key, png())
-    labelled = read_labelled_set(DataConfig(uri=s3_uri), seed=0)
+    labelled = read_labelled_set(DataConfig(uri=s3_uri))
     assert labelled.labels == ("a", "b")
     assert load_pixels(labelled.root_uri, labelled.uris, (8, 8)).pixels.shape == (4, 8, 8, 3)
 
@@ -71,7 +71,7 @@ def test_s3_class_folders(s3_uri):
 def test_manifest_uris_start_at_its_folder(tmp_path):
     class_folders(tmp_path, a=3, b=3)
     rows = [f"{label}/{k:03}.png,{label},g,x" for label in "ab" for k in range(3)]
-    labelled = read_labelled_set(DataConfig(uri=str(manifest(tmp_path / "m.csv", rows))), seed=0)
+    labelled = read_labelled_set(DataConfig(uri=str(manifest(tmp_path / "m.csv", rows))))
     assert load_pixels(labelled.root_uri, labelled.uris, (16, 20)).pixels[2, 0, 0].tolist() == [2, 0, 0]
 
 
@@ -84,7 +84,7 @@ def test_parquet_manifest_with_given_split(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "m.parquet")
-    labelled = read_labelled_set(DataConfig(uri=str(tmp_path / "m.parquet"), split_column="side"), seed=0)
+    labelled = read_labelled_set(DataConfig(uri=str(tmp_path / "m.parquet"), split_column="side"))
     assert labelled.labels == ("0", "1")
     assert [labelled.rows(split).tolist() for split in SPLITS] == [[0, 1], [2, 3], [4, 5]]
 
@@ -92,7 +92,7 @@ def test_parquet_manifest_with_given_split(tmp_path):
 def test_a_split_column_without_validation_gets_one_from_train(tmp_path):
     rows = [f"{k}.png,{'ab'[k % 2]},g,{'test' if k < 4 else 'train'}" for k in range(24)]
     config = DataConfig(uri=str(manifest(tmp_path / "m.csv", rows)), split_column="side")
-    labelled = read_labelled_set(config, seed=0)
+    labelled = read_labelled_set(config)
     assert [counts(labelled, split) for split in SPLITS] == [[8, 8], [2, 2], [2, 2]]
 
 
@@ -101,7 +101,7 @@ def test_groups_stay_whole_and_classes_near_their_share(tmp_path, seed):
     rng = np.random.default_rng(seed)
     rows = [f"{k}.png,{'abc'[min(int(rng.integers(0, 8)), 2)]},g{int(rng.integers(0, 60))},x" for k in range(400)]
     config = DataConfig(uri=str(manifest(tmp_path / "m.csv", rows)), group_column="group", validation_fraction=0.25)
-    labelled = read_labelled_set(config, seed)
+    labelled = read_labelled_set(config.model_copy(update={"split_seed": seed}))
     sides = [{labelled.groups[k] for k in labelled.rows(split)} for split in ("train", "validation")]
     assert not sides[0] & sides[1]
     for train, validation in zip(counts(labelled, "train"), counts(labelled, "validation"), strict=True):
@@ -118,16 +118,16 @@ def test_no_class_is_left_without_validation():
 
 def test_an_added_image_moves_no_other_one(tmp_path):
     root = class_folders(tmp_path / "d", cat=40, dog=40)
-    before = read_labelled_set(DataConfig(uri=str(root)), seed=3)
+    before = read_labelled_set(DataConfig(uri=str(root), split_seed=3))
     (root / "cat" / "new.png").write_bytes(png())
-    after = read_labelled_set(DataConfig(uri=str(root)), seed=3)
+    after = read_labelled_set(DataConfig(uri=str(root), split_seed=3))
     side = dict(zip(after.uris, after.splits, strict=True))
     assert sum(side[uri] != split for uri, split in zip(before.uris, before.splits, strict=True)) <= 1
 
 
 def test_limit_takes_evenly_from_the_classes(tmp_path):
     root = class_folders(tmp_path / "d", cat=40, dog=7)
-    labelled = read_labelled_set(DataConfig(uri=str(root), limit=12), seed=0)
+    labelled = read_labelled_set(DataConfig(uri=str(root), limit=12))
     assert np.bincount(labelled.label_ids).tolist() == [6, 6]
 
 
@@ -147,7 +147,7 @@ def test_unfit_folders_are_refused_in_one_sentence(tmp_path, name):
     (tmp_path / "d").mkdir()
     class_folders(tmp_path / "d", **folders)
     with pytest.raises(DataError, match=sentence) as refused:
-        read_labelled_set(DataConfig(uri=str(tmp_path / "d"), **settings), seed=0)
+        read_labelled_set(DataConfig(uri=str(tmp_path / "d"), **settings))
     assert "Next: " in str(refused.value)
 
 
@@ -174,7 +174,7 @@ MANIFEST_FAILURES = {
 def test_unfit_manifests_are_refused_in_one_sentence(tmp_path, name):
     rows, settings, sentence = MANIFEST_FAILURES[name]
     with pytest.raises(DataError, match=sentence) as refused:
-        read_labelled_set(DataConfig(uri=str(manifest(tmp_path / "m.csv", rows)), **settings), seed=0)
+        read_labelled_set(DataConfig(uri=str(manifest(tmp_path / "m.csv", rows)), **settings))
     assert "Next: " in str(refused.value)
 
 
