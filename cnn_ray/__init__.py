@@ -29,9 +29,12 @@ Bytes in, bytes out.
     runs.py           list partitions, compare two, write one as a single file
 
 Models.
+    classic_nets.py   the tutorial's nets, LeNet-5, AlexNet and a small ResNet
     architectures.py  table: name -> builder, size, preprocessing
-    model.py          definition -> Keras classifier of uint8 pixels; freeze, unfreeze
     artifact.py       the model bundle, its versions and aliases
+    weights.py        start weights, fetched once per node and checked
+    augmentation.py   photo and screenshot augmentation as layers
+    model.py          definition -> Keras classifier of uint8 pixels; freeze, unfreeze
     predictor.py      artifact -> scores for a uint8 batch: the only inference path
     export.py         Keras model -> published artifact, engines measured first
 

@@ -1,8 +1,9 @@
 """Table of architectures: name -> backbone, default input size and the preprocessing that its weights were made for.
 
-Two kinds: `simple_cnn`, the tutorial network, and every classifier of `keras.applications` under its Keras name.
-Preprocessing is expressed as plain Keras layers, so that it travels inside the exported graph and no caller can forget
-it. Nothing here imports Keras before a builder runs: the table answers `--help` and configuration checks as well.
+Two kinds: the small nets of the tutorial, built here or in `classic_nets`, and every classifier of `keras.applications`
+under its Keras name, looked up without regard to letter case. Preprocessing is expressed as plain Keras layers, so that
+it travels inside the exported graph and no caller can forget it. Nothing here imports Keras before a builder runs: the
+table answers `--help` and configuration checks as well.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from cnn_ray import classic_nets
 from cnn_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     import keras
 
-Preprocessing = Literal["zero_to_one", "minus_one_to_one", "imagenet_caffe", "imagenet_torch", "inside_model"]
+Preprocessing = Literal["none", "zero_to_one", "minus_one_to_one", "imagenet_caffe", "imagenet_torch", "inside_model"]
 
 SIMPLE_CNN = "simple_cnn"
 BACKBONE_NAME = "backbone"
@@ -30,13 +32,19 @@ class Architecture:
     default_size_px: int
     preprocessing: Preprocessing
 
+    @property
+    def classic(self) -> bool:
+        """Built by `classic_nets`: no published weights."""
+        return self.name in classic_nets.BACKBONES
+
 
 def _family(preprocessing: Preprocessing, **sizes_px: int) -> dict[str, Architecture]:
     return {name: Architecture(name, size_px, preprocessing) for name, size_px in sizes_px.items()}
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    **_family("zero_to_one", simple_cnn=32),
+    **_family("zero_to_one", simple_cnn=32, augmented_cnn=32),
+    **_family("minus_one_to_one", lenet5=32, alexnet=227, small_resnet=32),
     **_family("imagenet_caffe", VGG16=224, VGG19=224, ResNet50=224, ResNet101=224, ResNet152=224),
     **_family("minus_one_to_one", ResNet50V2=224, ResNet101V2=224, ResNet152V2=224, MobileNet=224, MobileNetV2=224),
     **_family("minus_one_to_one", InceptionV3=299, InceptionResNetV2=299, Xception=299),
@@ -59,12 +67,23 @@ def find_architecture(name: str) -> Architecture:
     Raises:
         ConfigError: no such architecture; the sentence names the nearest one.
     """
-    found = ARCHITECTURES.get(name)
+    found = ARCHITECTURES.get(name) or _BY_LOWER_NAME.get(name.lower())
     if found is None:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "take simple_cnn, MobileNetV2, ResNet50 or EfficientNetB0."
+        near = difflib.get_close_matches(name.lower(), _BY_LOWER_NAME, n=1, cutoff=0.5)
+        hint = f"did you mean {_BY_LOWER_NAME[near[0]].name}?" if near else "take simple_cnn, MobileNetV2 or ResNet50."
         raise ConfigError(f"Expected a known architecture. Received: {name}. Next: {hint}")
     return found
+
+
+_BY_LOWER_NAME = {name.lower(): row for name, row in ARCHITECTURES.items()}
+
+
+def expected_range(preprocessing: Preprocessing) -> tuple[float, float]:
+    """(lowest, highest) value that a backbone gets for pixel values 0 to 255 with this preprocessing."""
+    scale, offset = _SCALE_AND_OFFSET[preprocessing]
+    scales = scale if isinstance(scale, list) else [scale] * 3
+    offsets = offset if isinstance(offset, list) else [offset] * 3
+    return min(offsets), max(255 * s + o for s, o in zip(scales, offsets, strict=True))
 
 
 def preprocess(pixels: Any, preprocessing: Preprocessing) -> Any:
@@ -83,6 +102,7 @@ def preprocess(pixels: Any, preprocessing: Preprocessing) -> Any:
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SCALE_AND_OFFSET: dict[Preprocessing, tuple[Any, Any]] = {
+    "none": (1.0, 0.0),
     "zero_to_one": (1 / 255, 0.0),
     "minus_one_to_one": (1 / 127.5, -1.0),
     "imagenet_caffe": ([1.0, 1.0, 1.0], [-103.939, -116.779, -123.68]),
@@ -103,8 +123,8 @@ def build_backbone(architecture: Architecture, size_px: int, *, imagenet: bool =
     import keras
 
     try:
-        if architecture.name == SIMPLE_CNN:
-            return _simple_cnn(size_px)
+        if architecture.classic:
+            return classic_nets.BACKBONES[architecture.name](size_px, BACKBONE_NAME)
         make = getattr(keras.applications, architecture.name)
         weights = "imagenet" if imagenet else None
         return make(include_top=False, weights=weights, input_shape=(size_px, size_px, 3), name=BACKBONE_NAME)
@@ -114,19 +134,3 @@ def build_backbone(architecture: Architecture, size_px: int, *, imagenet: bool =
             f"Expected an input size that {architecture.name} takes. Received: {size_px} px ({reason}). "
             f"Next: set model.input_size_px, for instance to {architecture.default_size_px}."
         ) from None
-
-
-def _simple_cnn(size_px: int) -> keras.Model:
-    """Convolutions of TensorFlow's CNN tutorial: 32, 64, 64 filters of 3x3, valid padding, pooled twice.
-
-    With Flatten, Dense(64) and Dense(10) on 32x32 inputs it has the tutorial's 122,570 parameters.
-    """
-    import keras
-
-    inputs = keras.Input((size_px, size_px, 3), dtype="float32")
-    features = inputs
-    for filters, pooled in ((32, True), (64, True), (64, False)):
-        features = keras.layers.Conv2D(filters, 3, activation="relu")(features)
-        if pooled:
-            features = keras.layers.MaxPooling2D()(features)
-    return keras.Model(inputs, features, name=BACKBONE_NAME)

@@ -6,22 +6,21 @@ needs to hold numbers only. `import keras`, never `tf.keras`: Ray's TensorFlow b
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnn_ray.architectures import BACKBONE_NAME, SIMPLE_CNN, Architecture, build_backbone, find_architecture, preprocess
+from cnn_ray.architectures import BACKBONE_NAME, Architecture, Preprocessing, build_backbone, find_architecture
+from cnn_ray.architectures import preprocess as preprocess_pixels
+from cnn_ray.augmentation import augmentation_layers
+from cnn_ray.classic_nets import ORIGINAL_HEADS
 from cnn_ray.config import ModelDefinition
-from cnn_ray.errors import ConfigError, NotFoundError
+from cnn_ray.errors import ConfigError
+from cnn_ray.weights import IMAGENET, WEIGHTS_CHOICES, fetch_weights, imagenet_lock, missing_weights, one_at_a_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import keras
-
-IMAGENET = "imagenet"
-SIMPLE_CNN_UNITS = 64
-WEIGHTS_CHOICES = "imagenet (with network), a .weights.h5 file (local or s3://), or leave it out for none"
 
 
 def input_size_px(definition: ModelDefinition) -> tuple[int, int]:
@@ -42,45 +41,25 @@ def check_definition(definition: ModelDefinition) -> None:
     """
     architecture = find_architecture(definition.architecture)
     weights = definition.weights
-    if weights == IMAGENET and architecture.name == SIMPLE_CNN:
+    if weights == IMAGENET and architecture.classic:
         raise ConfigError(
-            "Expected an architecture with published weights for weights: imagenet. Received: simple_cnn. "
+            f"Expected an architecture with published weights for weights: imagenet. Received: {architecture.name}. "
             "Next: leave model.weights out, or take MobileNetV2."
         )
+    if definition.top == "original" and architecture.name not in ORIGINAL_HEADS and not architecture.classic:
+        raise ConfigError(
+            f"Expected top: original for VGG16, VGG19 or the classic nets. Received: {architecture.name}, whose paper "
+            "has the pooled top. Next: leave model.top out."
+        )
     if weights is not None and weights != IMAGENET and not weights.startswith("s3://") and not Path(weights).is_file():
-        raise _missing_weights(weights)
+        raise missing_weights(weights)
 
 
-def fetch_weights(definition: ModelDefinition, folder: Path) -> Path | None:
-    """Local path of the start weights' file (an s3:// one is downloaded into the folder), or None without a file.
-
-    Raises:
-        ConfigError: there is no such file.
-        StorageError: storage refused.
-    """
-    weights = definition.weights
-    if weights is None or weights == IMAGENET:
-        return None
-    if not weights.startswith("s3://"):
-        if not Path(weights).is_file():
-            raise _missing_weights(weights)
-        return Path(weights)
-    from cnn_ray.storage import open_store, split_uri
-
-    parent, key = split_uri(weights)
-    path = folder / key
-    try:
-        open_store(parent).get_to_file(key, path)
-    except NotFoundError:
-        raise _missing_weights(weights) from None
-    return path
-
-
-def _missing_weights(weights: str) -> ConfigError:
-    return ConfigError(
-        f"Expected a file of start weights. Received: {weights}, which does not exist. "
-        f"Next: correct model.weights: {WEIGHTS_CHOICES}."
-    )
+def used_preprocessing(definition: ModelDefinition) -> Preprocessing:
+    """The preprocessing that the classifier applies: the definition's own, else the architecture's."""
+    if definition.preprocessing != "auto":
+        return definition.preprocessing
+    return find_architecture(definition.architecture).preprocessing
 
 
 def build_classifier(
@@ -103,34 +82,30 @@ def build_classifier(
 
     pixels = keras.Input((side, side, 3), dtype="uint8", name="pixels")
     features = pixels
-    for layer in _augmentation(definition, seed):
+    for layer in augmentation_layers(definition.augmentation, seed):
         features = layer(features)
-    features = preprocess(features, architecture.preprocessing)
-    features = backbone(features)
-    pool = keras.layers.Flatten if architecture.name == SIMPLE_CNN else keras.layers.GlobalAveragePooling2D
-    features = pool(name="features")(features)
-    units = definition.hidden_units or (SIMPLE_CNN_UNITS if architecture.name == SIMPLE_CNN else 0)
-    if units:
-        features = keras.layers.Dense(units, activation="relu", name="hidden")(features)
-    if definition.dropout:
-        features = keras.layers.Dropout(definition.dropout, seed=seed + 10, name="dropout")(features)
+    features = preprocess_pixels(features, used_preprocessing(definition))
+    features = _head(backbone(features), definition, architecture, seed)
     scores = keras.layers.Dense(num_classes, activation="softmax", dtype="float32", name="scores")(features)
     return keras.Model(pixels, scores, name="classifier")
 
 
-def _augmentation(definition: ModelDefinition, seed: int) -> list[Any]:
-    """Layers that change images in training only. They see pixel values 0..255, before any preprocessing."""
+def _head(features: Any, definition: ModelDefinition, architecture: Architecture, seed: int) -> Any:
+    """What stands between backbone and output layer. Classic nets have their paper's dense layers with either top."""
     import keras
 
-    if definition.augmentation == "none":
-        return []
-    return [
-        keras.layers.Rescaling(1.0, dtype="float32", name="augment_float"),
-        keras.layers.RandomFlip("horizontal", seed=seed + 1, dtype="float32", name="augment_flip"),
-        keras.layers.RandomRotation(0.05, seed=seed + 2, dtype="float32", name="augment_rotation"),
-        keras.layers.RandomZoom(0.1, seed=seed + 3, dtype="float32", name="augment_zoom"),
-        keras.layers.RandomContrast(0.1, value_range=(0, 255), seed=seed + 4, dtype="float32", name="augment_contrast"),
-    ]
+    original = architecture.name in ORIGINAL_HEADS and (architecture.classic or definition.top == "original")
+    units, activation, dropout = ORIGINAL_HEADS[architecture.name] if original else ((), "relu", 0.0)
+    if definition.hidden_units:
+        units = (definition.hidden_units,)
+    rate = definition.dropout or dropout
+    pool = keras.layers.Flatten if original else keras.layers.GlobalAveragePooling2D
+    features = pool(name="features")(features)
+    for k, width in enumerate(units):
+        features = keras.layers.Dense(width, activation=activation, name=f"hidden_{k + 1}" if k else "hidden")(features)
+        if rate and k + 1 < len(units):
+            features = keras.layers.Dropout(rate, seed=seed + 11 + k, name=f"dropout_{k + 1}")(features)
+    return keras.layers.Dropout(rate, seed=seed + 10, name="dropout")(features) if rate else features
 
 
 def _backbone_with_weights(
@@ -140,23 +115,15 @@ def _backbone_with_weights(
         check_definition(definition)
         return _download_backbone(architecture, side)
     backbone = build_backbone(architecture, side)
-    if weights_path is None:
-        with tempfile.TemporaryDirectory(prefix="cnn_ray-weights-") as folder:
-            path = fetch_weights(definition, Path(folder))
-            if path is not None:
-                _load(backbone, path, architecture)
-    else:
-        _load(backbone, weights_path, architecture)
+    path = weights_path or fetch_weights(definition)
+    if path is not None:
+        _load(backbone, path, architecture)
     return backbone
 
 
 def _download_backbone(architecture: Architecture, side: int) -> keras.Model:
     """The backbone with Keras's ImageNet weights. Keras downloads in place, so one process per machine at a time."""
-    import fcntl
-
-    lock = Path(tempfile.gettempdir()) / "cnn_ray-imagenet.lock"
-    with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with one_at_a_time(imagenet_lock()):
         try:
             return build_backbone(architecture, side, imagenet=True)
         except ConfigError:
@@ -171,7 +138,7 @@ def _download_backbone(architecture: Architecture, side: int) -> keras.Model:
 
 def _load(backbone: keras.Model, path: Path, architecture: Architecture) -> None:
     if not path.is_file():
-        raise _missing_weights(str(path))
+        raise missing_weights(str(path))
     try:
         backbone.load_weights(path)
     except (ValueError, OSError, KeyError) as error:

@@ -84,7 +84,7 @@ def _train_and_publish(job: TrainJob) -> WorkerOutcome | None:
         world = _join_world(config, context.get_local_world_size())
         error, weights_path = None, None
         try:
-            weights_path = fetch_weights(config.model, folder)
+            weights_path = fetch_weights(config.model)
             if config.model.weights == "imagenet":
                 build_classifier(config.model, len(labelled.labels))  # downloads into Keras's cache
             loaded = {split: future.result() for split, future in loading.items()}
