@@ -32,6 +32,7 @@ Models.
     classic_nets.py   the tutorial's nets, LeNet-5, AlexNet and a small ResNet
     architectures.py  table: name -> builder, size, preprocessing
     artifact.py       the model bundle, its versions and aliases
+    node_files.py     files that a node fetches once
     weights.py        start weights, fetched once per node and checked
     augmentation.py   photo and screenshot augmentation as layers
     model.py          definition -> Keras classifier of uint8 pixels; freeze, unfreeze
@@ -40,6 +41,10 @@ Models.
 
 Jobs.
     ray_session.py    a connected Ray: a cluster, or a local one for this job
+    known_sets.py     CIFAR-10 and Oxford 102 Flowers as they are distributed
+    labelled_rows.py  uri, class name, group, split of every image, as the data say
+    near_duplicates.py images that look alike
+    splitting.py      which side of the split each image is on
     dataset.py        labelled images -> split and pixels
     collectives.py    the group of workers: agree, sum, time out
     train_state.py    what a checkpoint holds

@@ -1,7 +1,7 @@
 """Augmentation as Keras layers on pixel values 0..255: part of the model, active in training only.
 
-`photo` is the tutorial's: flip, rotation, zoom, contrast, with wider ranges (zooming in by up to 0.4 brought a fine-tuned
-MobileNetV2 from 0.865 to 0.888 on 17 flowers). `screenshot` changes what differs between two captures of one
+`photo` is the tutorial's: flip, rotation, zoom, contrast, with wider ranges (zooming in by up to 0.4 brought a
+fine-tuned MobileNetV2 from 0.865 to 0.888 on 17 flowers). `screenshot` changes what differs between two captures of one
 page (crop and rescale, page zoom, a few pixels of scrolling, brightness, contrast, JPEG recompression) and never what
 would make another page of it: text does not come mirrored or tilted.
 """

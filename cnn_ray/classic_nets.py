@@ -1,7 +1,7 @@
 """The tutorial's nets and the classics that keras.applications lacks: convolutions, and the dense layers after them.
 
-Every backbone takes float32 [N, S, S, 3] (preprocessed) and gives features [N, h, w, c]; its head turns the flattened or
-pooled features into what the output layer reads. Parameter counts in the docstrings are for 10 classes unless said.
+Every backbone takes float32 [N, S, S, 3] (preprocessed) and gives features [N, h, w, c]; its head turns the flattened
+or pooled features into what the output layer reads. Parameter counts in the docstrings are for 10 classes unless said.
 """
 
 from __future__ import annotations

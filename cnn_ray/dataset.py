@@ -1,30 +1,33 @@
 """Labelled images -> a frozen `LabelledSet` with its split, and pixels in memory. Light: no TensorFlow, no Ray.
 
-The split is drawn from (seed, group) alone, so it does not depend on the order of a listing, and an image that is added
-later moves no other one unless a class target is crossed. Whole groups (domains, brands) stay on one side: near
-duplicates of one site on both sides would let a model score well by remembering.
+Whole groups (domains, brands) and images that look alike stay on one side of a split that is drawn: near-duplicates of
+one site on both sides would let a model score well by remembering.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import io
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from cnn_ray import near_duplicates
 from cnn_ray.config import DataConfig
 from cnn_ray.errors import AccessDeniedError, DataError, NotFoundError, TooLargeError
 from cnn_ray.images import DecodedImage, ImageCaps, decode
-from cnn_ray.inputs import is_manifest, read_manifest_table, resolve_uri, store_and_key
+from cnn_ray.inputs import store_and_key
+from cnn_ray.known_sets import KERAS_CIFAR10, is_packed, read_packed
+from cnn_ray.labelled_rows import LabelledRows, read_rows
 from cnn_ray.records import QuarantineCode, RowFailure
+from cnn_ray.splitting import draw_validation, even_sample, join_groups
 from cnn_ray.storage import Store, open_store, split_uri
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,10 @@ class LabelledSet:
     """uint8 [N], indices into `SPLITS`"""
     groups: tuple[str, ...] | None = None
     """Group of each image, where the manifest has them."""
+    sources: tuple[str, ...] | None = None
+    """Where each image came from, where the manifest says so."""
+    twins: np.ndarray | None = None
+    """int64 [N], images that look alike share a number; None where nobody looked."""
 
     def rows(self, split: str) -> np.ndarray:
         """int64 [K]: the rows on one side of the split, ascending."""
@@ -70,20 +77,6 @@ class LoadedPixels:
     failures: dict[QuarantineCode, int]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    uris: list[str]
-    names: list[str]
-    groups: list[str] | None = None
-    splits: list[str] | None = None
-
-    def take(self, order: Sequence[int]) -> _Rows:
-        def pick(values: list[str] | None) -> list[str] | None:
-            return None if values is None else [values[k] for k in order]
-
-        return _Rows(pick(self.uris) or [], pick(self.names) or [], pick(self.groups), pick(self.splits))
-
-
 def read_labelled_set(config: DataConfig) -> LabelledSet:
     """The labelled images that the configuration names, with labels as numbers and every image on one side.
 
@@ -92,8 +85,7 @@ def read_labelled_set(config: DataConfig) -> LabelledSet:
             group on both sides of a given split, or a class too small to stand on both sides.
         StorageError: the location cannot be read.
     """
-    seed = config.split_seed
-    root_uri, rows = _manifest_rows(config) if is_manifest(config.uri) else _folder_rows(config.uri)
+    root_uri, rows = read_rows(config)
     if not rows.uris:
         raise DataError(
             f"Expected labelled images in {config.uri}. Received: none. Next: give a folder with one folder per class, "
@@ -102,65 +94,50 @@ def read_labelled_set(config: DataConfig) -> LabelledSet:
     rows = rows.take(sorted(range(len(rows.uris)), key=rows.uris.__getitem__))
     labels, label_ids = _number_labels(rows.names, config)
     if config.limit is not None:
-        order = _even_sample(rows.uris, label_ids, config.limit, seed)
+        order = even_sample(rows.uris, label_ids, config.limit, config.split_seed)
         rows, label_ids = rows.take(order), label_ids[order]
-    splits = _split(rows, label_ids, labels, config, seed)
-    groups = None if rows.groups is None else tuple(rows.groups)
-    return LabelledSet(root_uri, tuple(rows.uris), label_ids, labels, splits, groups)
+    twins = None
+    if config.near_duplicates == "keep_together":
+        twins = look_for_twins(root_uri, rows.uris)
+    splits = _split(rows, label_ids, labels, config, twins)
+    groups, sources = (None if values is None else tuple(values) for values in (rows.groups, rows.sources))
+    return LabelledSet(root_uri, tuple(rows.uris), label_ids, labels, splits, groups, sources, twins)
 
 
-def _folder_rows(uri: str) -> tuple[str, _Rows]:
-    """Rows of class folders: the first folder below the root is the class; hidden and `_` names are not data."""
-    store = open_store(uri)
-    start = len(store.uri.rstrip("/")) + 1
-    uris: list[str] = []
-    names: list[str] = []
-    for table in store.list():
-        for location in table["uri"].to_pylist():
-            parts = location[start:].split("/")
-            if len(parts) > 1 and not any(part.startswith((".", "_")) for part in parts):
-                uris.append(location)
-                names.append(parts[0])
-    return store.uri, _Rows(uris, names)
+def look_for_twins(root_uri: str, uris: Sequence[str]) -> np.ndarray:
+    """int64 [N]: images that look alike share a number (`near_duplicates.find_twins`); about 0.5 ms of CPU an image.
+
+    Raises:
+        StorageError: storage is down or the credentials are wrong.
+    """
+    read_image = image_reader(root_uri, (near_duplicates.HASH_SIDE_PX,) * 2)
+
+    def read(uri: str) -> np.ndarray | None:
+        image = read_image(uri)
+        return None if isinstance(image, RowFailure) else image.pixels
+
+    prints = near_duplicates.fingerprint(read, uris, decode_threads(root_uri))
+    return near_duplicates.find_twins(prints)
 
 
-def _manifest_rows(config: DataConfig) -> tuple[str, _Rows]:
-    table = read_manifest_table(config.uri)
-    root = open_store(split_uri(config.uri)[0])
+def write_split(labelled: LabelledSet) -> bytes:
+    """The split as a Parquet manifest: uri, label, split, twin, and group and source where there are any.
 
-    def column(name: str, field: str) -> list[str]:
-        if name not in table.column_names:
-            near = difflib.get_close_matches(name, table.column_names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"set data.{field}."
-            have = ", ".join(table.column_names)
-            raise DataError(f"Expected a column {name!r} in {config.uri}. Received: {have}. Next: {hint}")
-        values = pc.cast(table[name], pa.string()).to_pylist()
-        empty = next((k for k, value in enumerate(values) if value is None or not value.strip()), None)
-        if empty is not None:
-            raise DataError(
-                f"Expected a value in column {name!r} of every row. Received: none in row {empty + 1} of {config.uri}. "
-                "Next: correct the manifest."
-            )
-        return [value.strip() for value in values]
-
-    uris: list[str] = []
-    for value in column(config.uri_column, "uri_column"):
-        resolved = resolve_uri(root.uri, value)
-        if resolved is None:
-            raise DataError(
-                f"Expected image locations below {root.uri} or s3://. Received: {value!r} in {config.uri}. "
-                "Next: correct the manifest."
-            )
-        uris.append(resolved)
-    twice = next((uri for uri, count in Counter(uris).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(
-            f"Expected each image once. Received: {twice} twice in {config.uri}. Next: remove one of the rows."
-        )
-    names = column(config.label_column, "label_column")
-    groups = None if config.group_column is None else column(config.group_column, "group_column")
-    splits = None if config.split_column is None else column(config.split_column, "split_column")
-    return root.uri, _Rows(uris, names, groups, splits)
+    Given as `data.uri` with `split_column: split` (and group_column, source_column) it makes the same set again.
+    """
+    columns: dict[str, object] = {
+        "uri": list(labelled.uris),
+        "label": [labelled.labels[k] for k in labelled.label_ids],
+        "split": [SPLITS[k] for k in labelled.splits],
+    }
+    for name, values in (("group", labelled.groups), ("source", labelled.sources)):
+        if values is not None:
+            columns[name] = list(values)
+    if labelled.twins is not None:
+        columns["twin"] = [labelled.uris[k] for k in labelled.twins]
+    stream = io.BytesIO()
+    pq.write_table(pa.table(columns), stream)
+    return stream.getvalue()
 
 
 def _number_labels(names: list[str], config: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
@@ -189,29 +166,20 @@ def _number_labels(names: list[str], config: DataConfig) -> tuple[tuple[str, ...
     return tuple(labels), np.array([index[name] for name in names], np.int32)
 
 
-def _lot(seed: int, text: str) -> bytes:
-    """What a name draws: the same for the same seed, whatever else is in the data."""
-    return hashlib.sha256(f"{seed}\t{text}".encode()).digest()
-
-
-def _even_sample(uris: list[str], label_ids: np.ndarray, limit: int, seed: int) -> list[int]:
-    """Ascending positions of `limit` images, taken in turns from the classes so that none outgrows the others."""
-    lots = [_lot(seed, f"limit {uri}") for uri in uris]
-    turn = np.zeros(len(uris), np.int64)
-    for label in np.unique(label_ids):
-        members = sorted(np.flatnonzero(label_ids == label), key=lots.__getitem__)
-        turn[members] = np.arange(len(members))
-    order = sorted(range(len(uris)), key=lambda k: (turn[k], lots[k]))
-    return sorted(order[:limit])
-
-
-def _split(rows: _Rows, label_ids: np.ndarray, labels: tuple[str, ...], config: DataConfig, seed: int) -> np.ndarray:
+def _split(
+    rows: LabelledRows, label_ids: np.ndarray, labels: tuple[str, ...], config: DataConfig, twins: np.ndarray | None
+) -> np.ndarray:
     given = np.zeros(len(label_ids), np.uint8) if rows.splits is None else _given_split(rows, config)
-    if not np.any(given == SPLITS.index("validation")):
-        free = np.flatnonzero(given == SPLITS.index("train"))
-        groups = rows.uris if rows.groups is None else rows.groups
-        drawn = draw_validation([groups[k] for k in free], label_ids[free], config.validation_fraction, seed)
-        given[free[drawn]] = SPLITS.index("validation")
+    groups = join_groups(rows.groups or rows.uris, twins)
+    for side, fraction, draw in (
+        ("test", config.test_fraction, rows.splits is None and config.test_fraction > 0),
+        ("validation", config.validation_fraction, not np.any(given == SPLITS.index("validation"))),
+    ):
+        if draw:
+            free = np.flatnonzero(given == SPLITS.index("train"))
+            seed = config.split_seed if side == "validation" else f"{config.split_seed} test"
+            drawn = draw_validation([groups[k] for k in free], label_ids[free], fraction, seed)
+            given[free[drawn]] = SPLITS.index(side)
     for split in ("train", "validation"):
         present = set(label_ids[given == SPLITS.index(split)].tolist())
         absent = next((label for k, label in enumerate(labels) if k not in present), None)
@@ -223,7 +191,7 @@ def _split(rows: _Rows, label_ids: np.ndarray, labels: tuple[str, ...], config: 
     return given
 
 
-def _given_split(rows: _Rows, config: DataConfig) -> np.ndarray:
+def _given_split(rows: LabelledRows, config: DataConfig) -> np.ndarray:
     names = rows.splits or []
     wrong = next((name for name in names if name not in SPLITS), None)
     if wrong is not None:
@@ -241,40 +209,24 @@ def _given_split(rows: _Rows, config: DataConfig) -> np.ndarray:
     return np.array([SPLITS.index(name) for name in names], np.uint8)
 
 
-def draw_validation(groups: Sequence[str], label_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """bool [N]: whether each image is in validation. Whole groups, near `fraction` of every class, drawn from the seed.
+def image_reader(
+    root_uri: str, size_px: tuple[int, int], caps: ImageCaps | None = None
+) -> Callable[[str], DecodedImage | RowFailure]:
+    """A function uri -> image of the size (height, width), or why it cannot be read; for any number of threads."""
+    limits = caps or ImageCaps()
+    root = None if root_uri == KERAS_CIFAR10 or root_uri.endswith(".npz") else open_store(root_uri)
 
-    Groups come in the order of their lots; each is taken if that brings the shares of the classes nearer to `fraction`
-    (least squares), and in later passes put back if that does. So a group larger than twice the target stays in train,
-    and single images hit the target exactly. A class that got nothing then takes the group that disturbs the shares
-    least. Train always keeps something of every class.
-    """
-    names = sorted(set(groups), key=lambda group: _lot(seed, f"split {group}"))
-    index = {name: k for k, name in enumerate(names)}
-    ids = np.array([index[group] for group in groups], np.int64)
-    counts = np.zeros((len(names), int(label_ids.max()) + 1 if len(label_ids) else 0), np.int64)
-    np.add.at(counts, (ids, label_ids), 1)
-    total = counts.sum(axis=0)
+    def read(uri: str) -> DecodedImage | RowFailure:
+        if is_packed(uri):
+            return decode(read_packed(uri), size_px, limits)
+        return _read_image(root or open_store(split_uri(uri)[0]), uri, size_px, limits)
 
-    def distance(taken_counts: np.ndarray) -> np.ndarray:
-        return np.sum((taken_counts / np.maximum(total, 1) - fraction * (total > 0)) ** 2, axis=-1)
+    return read
 
-    taken = np.zeros(len(names), bool)
-    have = np.zeros_like(total)
-    moved = True
-    while moved:  # ends, because every move brings the distance down
-        moved = False
-        for k, group in enumerate(counts):
-            after = have - group if taken[k] else have + group
-            if distance(after) < distance(have) - 1e-12 and np.all((after < total) | (group == 0)):
-                taken[k], have, moved = not taken[k], after, True
-    for label in np.flatnonzero((have == 0) & (total > 0)):
-        after = have + counts
-        fits = ~taken & (counts[:, label] > 0) & np.all((after < total) | (counts == 0), axis=1)
-        if have[label] == 0 and fits.any():
-            best = int(np.argmin(np.where(fits, distance(after), np.inf)))
-            taken[best], have = True, after[best]
-    return taken[ids]
+
+def decode_threads(root_uri: str) -> int:
+    """Threads that keep this machine's cores, or an S3 bucket's, busy."""
+    return S3_THREADS if root_uri.startswith("s3://") else len(os.sched_getaffinity(0))
 
 
 def load_pixels(
@@ -288,18 +240,17 @@ def load_pixels(
         DataError: more than half of the images are unreadable.
         StorageError: storage is down or the credentials are wrong.
     """
-    root, limits = open_store(root_uri), caps or ImageCaps()
+    read_image = image_reader(root_uri, size_px, caps)
     pixels = np.empty((len(uris), *size_px, 3), np.uint8)
 
     def read(position: int) -> RowFailure | None:
-        image = _read_image(root, uris[position], size_px, limits)
+        image = read_image(uris[position])
         if isinstance(image, RowFailure):
             return image
         pixels[position] = image.pixels
         return None
 
-    cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(threads or (S3_THREADS if root_uri.startswith("s3://") else cores)) as pool:
+    with ThreadPoolExecutor(threads or decode_threads(root_uri)) as pool:
         failures = list(pool.map(read, range(len(uris))))
     kept = np.array([k for k, failure in enumerate(failures) if failure is None], np.int64)
     by_code = dict(Counter(failure.code for failure in failures if failure is not None))

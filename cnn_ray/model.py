@@ -15,7 +15,8 @@ from cnn_ray.augmentation import augmentation_layers
 from cnn_ray.classic_nets import ORIGINAL_HEADS
 from cnn_ray.config import ModelDefinition
 from cnn_ray.errors import ConfigError
-from cnn_ray.weights import IMAGENET, WEIGHTS_CHOICES, fetch_weights, imagenet_lock, missing_weights, one_at_a_time
+from cnn_ray.node_files import one_at_a_time
+from cnn_ray.weights import IMAGENET, WEIGHTS_CHOICES, fetch_weights, imagenet_lock, missing_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -53,3 +53,45 @@ def write_images(folder: Path, count: int, bad: int = 0) -> Path:
     for number in range(bad):
         (folder / f"bad-{number:04d}.png").write_bytes([b"", b"no image at all", image_bytes(0)[:60]][number % 3])
     return folder
+
+
+def write_flowers102(folder: Path, classes: int = 3, per_class: tuple[int, int, int] = (2, 1, 3)) -> Path:
+    """A miniature of Oxford 102 Flowers in its archive layout: images of coloured blocks, labels from 1."""
+    from scipy.io import savemat
+
+    (folder / "jpg").mkdir(parents=True)
+    labels: list[int] = []
+    sides: dict[str, list[int]] = {"trnid": [], "valid": [], "tstid": []}
+    for label in range(1, classes + 1):
+        for side, count in zip(sides, per_class, strict=True):
+            for _ in range(count):
+                labels.append(label)
+                number = len(labels)
+                sides[side].append(number)
+                blocks = np.random.default_rng(number).integers(0, 150, (6, 8, 3))
+                blocks[:, :, label % 3] += 100
+                image = Image.fromarray(blocks.astype(np.uint8)).resize((64, 48), Image.Resampling.NEAREST)
+                image.save(folder / "jpg" / f"image_{number:05}.jpg", quality=90)
+    savemat(folder / "imagelabels.mat", {"labels": np.array([labels], np.uint8)})
+    savemat(folder / "setid.mat", {side: np.array([numbers], np.uint16) for side, numbers in sides.items()})
+    return folder
+
+
+def write_packed_cifar10(path: Path, train: int, test: int) -> Path:
+    """An .npz of encoded 32x32 images of two classes, cats warm and dogs cold, in the layout that data.uri takes."""
+    encoded: list[bytes] = []
+    for k in range(train + test):
+        pixels = np.random.default_rng(k).integers(0, 150, (32, 32, 3))
+        pixels[:, :, 2 * (k % 2)] += 90
+        stream = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG")
+        encoded.append(stream.getvalue())
+    np.savez(
+        path,
+        data=np.frombuffer(b"".join(encoded), np.uint8),
+        offsets=np.cumsum([0, *map(len, encoded)]),
+        labels=np.arange(train + test) % 2,
+        is_test=np.arange(train + test) >= train,
+        class_names=np.array(["cat", "dog"]),
+    )
+    return path

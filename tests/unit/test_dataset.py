@@ -42,7 +42,7 @@ def test_class_folders_become_labels_and_a_stratified_split(tmp_path):
     (root / ".hidden").mkdir()
     (root / ".hidden" / "x.png").write_bytes(png())
     (root / "README.txt").write_text("not in a class")
-    labelled = read_labelled_set(DataConfig(uri=str(root), split_seed=1))
+    labelled = read_labelled_set(DataConfig(uri=str(root), split_seed=1, near_duplicates="ignore"))
     assert labelled.labels == ("cat", "dog")
     assert counts(labelled, "train") == [24, 8]
     assert counts(labelled, "validation") == [6, 2]
@@ -51,7 +51,7 @@ def test_class_folders_become_labels_and_a_stratified_split(tmp_path):
 
 
 def test_the_split_depends_on_the_seed_alone(tmp_path):
-    config = DataConfig(uri=str(class_folders(tmp_path / "d", cat=30, dog=30)))
+    config = DataConfig(uri=str(class_folders(tmp_path / "d", cat=30, dog=30)), near_duplicates="ignore")
     first, again, other = (read_labelled_set(config.model_copy(update={"split_seed": s})) for s in (1, 1, 2))
     assert first.digest() == again.digest()
     assert first.digest() != other.digest()
@@ -63,7 +63,7 @@ def test_s3_class_folders(s3_uri):
     store = open_store(s3_uri)
     for key in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "_x/1.png"):
         store.put(key, png())
-    labelled = read_labelled_set(DataConfig(uri=s3_uri))
+    labelled = read_labelled_set(DataConfig(uri=s3_uri, near_duplicates="ignore"))
     assert labelled.labels == ("a", "b")
     assert load_pixels(labelled.root_uri, labelled.uris, (8, 8)).pixels.shape == (4, 8, 8, 3)
 
