@@ -46,7 +46,13 @@ Jobs.
     near_duplicates.py images that look alike
     splitting.py      which side of the split each image is on
     dataset.py        labelled images -> split and pixels
+    guards.py         the well-known mistakes as named checks
+    preview.py        a sheet of augmented images
+    batches.py        the input pipeline of a training worker
+    losses.py         the loss of single images, weights of classes
+    train_callbacks.py optimizers, schedules and Keras callbacks of a phase
     collectives.py    the group of workers: agree, sum, time out
+    feature_cache.py  a frozen backbone computed once per image
     train_state.py    what a checkpoint holds
     train_loop.py     the data-parallel epoch loop
     train_worker.py   what one Ray Train worker does: load, train, publish
@@ -65,6 +71,7 @@ Jobs.
     drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
     console.py        progress and tables
+    console_training.py findings of the guards, comparisons
     cli_models.py     the verbs about models
     demo.py           the whole line on drawn screenshots
     cli.py            verbs and exit codes only

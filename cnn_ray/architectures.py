@@ -33,9 +33,20 @@ class Architecture:
     preprocessing: Preprocessing
 
     @property
+    def smallest_size_px(self) -> int:
+        """The smallest side of an input that leaves something behind the pooling layers (Keras's own limits)."""
+        return _SMALLEST_PX.get(self.name, 32)
+
+    @property
     def classic(self) -> bool:
         """Built by `classic_nets`: no published weights."""
         return self.name in classic_nets.BACKBONES
+
+
+_SMALLEST_PX = {
+    **{"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71},
+    **{"simple_cnn": 18, "augmented_cnn": 10, "lenet5": 16, "alexnet": 28, "small_resnet": 8},
+}
 
 
 def _family(preprocessing: Preprocessing, **sizes_px: int) -> dict[str, Architecture]:

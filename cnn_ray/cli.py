@@ -116,6 +116,7 @@ def train(
     """Train a classifier on labelled images with Ray Train and write it as the next version of a model."""
     from cnn_ray import console as ui
     from cnn_ray import train as job
+    from cnn_ray.console_training import print_findings
 
     if resume_uri is not None:
         config = job.resumed_config(resume_uri, config_file, flags)
@@ -129,13 +130,16 @@ def train(
 
         return click.echo(f"Examples of augmentation {config.model.augmentation}: {draw_augmentation(config, preview)}")
     if dry_run:
-        from cnn_ray.console_training import print_findings
-
         rehearsal = job.dry_run(config)
         print_findings(rehearsal.findings, config.allow, console)
         return click.echo(rehearsal.sentence)
     with ui.waiting(console, f"Training {config.model.architecture} with {config.num_workers} workers: Ray starts"):
-        result = job.run_training(config, on_epoch=lambda metrics: ui.print_epoch(metrics, console))
+        result = job.run_training(
+            config,
+            on_epoch=lambda metrics: ui.print_epoch(metrics, console),
+            on_finding=lambda finding: print_findings([finding], config.allow, console),
+            resume_uri=resume_uri,
+        )
     return click.echo(f"Model: {result.reference} in {result.artifact_uri}")
 
 

@@ -224,6 +224,20 @@ def image_reader(
     return read
 
 
+def sample_images(labelled: LabelledSet, split: str, count: int, size_px: tuple[int, int]) -> list[DecodedImage]:
+    """Up to `count` readable images of one side, spread evenly over it, in the size (height, width).
+
+    Raises:
+        StorageError: storage is down or the credentials are wrong.
+    """
+    rows = labelled.rows(split)
+    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))] if len(rows) else rows
+    read = image_reader(labelled.root_uri, size_px)
+    with ThreadPoolExecutor(decode_threads(labelled.root_uri)) as pool:
+        images = list(pool.map(read, [labelled.uris[row] for row in chosen]))
+    return [image for image in images if isinstance(image, DecodedImage)]
+
+
 def decode_threads(root_uri: str) -> int:
     """Threads that keep this machine's cores, or an S3 bucket's, busy."""
     return S3_THREADS if root_uri.startswith("s3://") else len(os.sched_getaffinity(0))

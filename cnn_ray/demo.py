@@ -81,6 +81,7 @@ def _train(images: Path, root: Path, out: Console, console: Console) -> None:
         data=DataConfig(uri=str(images)),
         model=ModelDefinition(architecture="simple_cnn", input_size_px=64),
         train=PhaseConfig(epochs=12, learning_rate=1e-3),
+        allow=("no_augmentation",),  # drawings have no noise to be robust against, and it doubles the time
     )
     with waiting(console, f"Training {config.model.architecture}: Ray starts, then {config.train.epochs} epochs"):
         result = run_training(config, on_epoch=lambda metrics: print_epoch(metrics, console))

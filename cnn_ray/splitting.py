@@ -1,6 +1,6 @@
 """Which side of the split each image is on: drawn from a seed, whole groups, every class on both sides.
 
-The draw depends on (seed, group) alone, so not on the order of a listing, and an image that is added later moves no other
+The draw depends on (seed, group) alone, so not on the order of a listing; an image that is added later moves no other
 one unless a class target is crossed.
 """
 

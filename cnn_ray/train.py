@@ -14,16 +14,18 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnn_ray.config import TrainConfig
-from cnn_ray.dataset import LabelledSet, read_labelled_set
-from cnn_ray.errors import CnnRayError, ConfigError, RunInterruptedError, TrainingError
-from cnn_ray.model import check_definition
+from cnn_ray.config import TrainConfig, build_config
+from cnn_ray.dataset import LabelledSet, read_labelled_set, sample_images, write_split
+from cnn_ray.errors import CnnRayError, ConfigError, NotFoundError, RunInterruptedError, TrainingError
+from cnn_ray.guards import Finding, check_config, check_model, raise_errors
+from cnn_ray.known_sets import KERAS_CIFAR10
+from cnn_ray.model import check_definition, input_size_px
 from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_session import connected
 from cnn_ray.storage import open_store
@@ -34,7 +36,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FINISHED = "_finished.json"
+CONFIG = "_config.json"
+SPLIT = "_split.parquet"
 OnEpoch = Callable[[dict[str, Any]], None]
+OnFinding = Callable[[Finding], None]
+
+HARMLESS = frozenset(
+    ("num_workers", "min_workers", "use_gpu", "max_failures", "collective_timeout_s", "cache_bytes", "allow")
+)
+"""Fields that decide how a run is computed but not what comes of it: a resumed run may change them."""
+SAMPLE_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -47,32 +58,53 @@ class TrainResult:
     run_uri: str
 
 
-def run_training(config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> TrainResult:
-    """A model version trained as configured. `on_epoch` is called here with the logs of every epoch as it ends.
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a dry run says: one sentence, and what the guards saw."""
+
+    sentence: str
+    findings: list[Finding]
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    on_epoch: OnEpoch | None = None,
+    on_finding: OnFinding | None = None,
+    resume_uri: str | None = None,
+) -> TrainResult:
+    """A model version trained as configured. `on_epoch` is called here with the logs of every epoch as it ends, and
+    `on_finding` with every finding of the guards that does not stop the run.
 
     Everything that can be checked without TensorFlow is checked before Ray starts. A local Ray is started unless one is
     connected or RAY_ADDRESS names a cluster, and stopped again.
 
     Raises:
-        ConfigError: data, architecture, weights or labels do not fit together.
+        ConfigError: data, architecture, weights or labels do not fit together, or are not those of `resume_uri`.
+        GuardError: a guard found a mistake that `allow` does not name.
         StorageError: data, models or runs cannot be read or written.
         TrainingError: workers failed more often than max_failures.
         RunInterruptedError: Ctrl-C; the same command goes on from the last checkpoint.
     """
     from cnn_ray.train_worker import TrainJob
 
-    config = _absolute(config)
-    check_definition(config.model)
-    labelled = read_labelled_set(config.data)
-    _check_positive_label(config, labelled)
+    config, labelled, findings = _checked(config)
     run_name = _run_name(config, labelled)
-    job = TrainJob(config, labelled, f"{config.runs_uri.rstrip('/')}/{run_name}")
+    job = TrainJob(config, labelled, f"{config.runs_uri.rstrip('/')}/{run_name}", tuple(findings))
+    if resume_uri is not None and job.run_uri != open_store(resume_uri).uri:
+        raise ConfigError(
+            f"Expected the images and labels of {resume_uri}. Received: others in {config.data.uri}, which are a run "
+            f"of their own. Next: restore the data, or start anew without --resume."
+        )
+    store = open_store(job.run_uri)
+    store.put(CONFIG, config.model_dump_json(indent=2).encode())
+    store.put(SPLIT, write_split(labelled))
     # Read by Ray when it starts: 2 s otherwise, waited several times in a run.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor that waits for the cloud's notice
     cores = max(cpu_count(), config.num_workers)
-    with connected(num_cpus=cores) as local, _epochs(on_epoch) as progress_file:
+    with connected(num_cpus=cores) as local, _epochs(on_epoch, on_finding) as progress_file:
         outcome = _fit(job, run_name, progress_file, local)
     if outcome.error is not None:
         raise outcome.error
@@ -81,13 +113,79 @@ def run_training(config: TrainConfig, *, on_epoch: OnEpoch | None = None) -> Tra
     return result
 
 
+def _checked(config: TrainConfig) -> tuple[TrainConfig, LabelledSet, list[Finding]]:
+    """Everything that can be checked without TensorFlow, done."""
+    config = _absolute(config)
+    check_definition(config.model)
+    labelled = read_labelled_set(config.data)
+    _check_positive_label(config, labelled)
+    images = sample_images(labelled, "train", SAMPLE_IMAGES, input_size_px(config.model))
+    findings = check_config(config, labelled, [(image.width_px, image.height_px) for image in images])
+    raise_errors(findings, config.allow)
+    return config, labelled, findings
+
+
+def dry_run(config: TrainConfig) -> Rehearsal:
+    """What a training would do. The model is built in this process, so that all guards can look.
+
+    Raises:
+        ConfigError, GuardError: as `run_training` would.
+    """
+    import numpy as np
+
+    from cnn_ray.model import build_classifier
+
+    config, labelled, findings = _checked(config)
+    model = build_classifier(config.model, len(labelled.labels), seed=config.seed)
+    images = sample_images(labelled, "train", SAMPLE_IMAGES, input_size_px(config.model))
+    findings += check_model(config, labelled, model, np.stack([image.pixels for image in images]))
+    raise_errors(findings, config.allow)
+    sides = ", ".join(f"{len(labelled.rows(split))} {split}" for split in ("train", "validation", "test"))
+    sentence = (
+        f"Would train {config.model.architecture} ({model.count_params():,} parameters) on {len(labelled.uris)} images "
+        f"of {len(labelled.labels)} classes ({sides}) with {config.num_workers} workers."
+    )
+    return Rehearsal(sentence, findings)
+
+
+def resumed_config(run_uri: str, config_file: str | None, flags: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of an unfinished run, with harmless flags (`HARMLESS`) over it.
+
+    Raises:
+        ConfigError: no such run, it is finished, or a flag would change what comes of it.
+    """
+    store = open_store(run_uri)
+    given = sorted(name for name, value in flags.items() if value is not None and name not in HARMLESS)
+    if config_file is not None or given:
+        raise ConfigError(
+            f"Expected --resume with no more than {', '.join(sorted(HARMLESS))}. Received: "
+            f"{given[0] if given else '--config'}. Next: leave it out; the run keeps its own configuration."
+        )
+    try:
+        saved = json.loads(store.get(CONFIG))
+    except NotFoundError:
+        raise ConfigError(
+            f"Expected the folder of a training run. Received: {run_uri}, which has no {CONFIG}. "
+            "Next: name a folder below runs_uri."
+        ) from None
+    if store.exists(FINISHED):
+        reference = json.loads(store.get(FINISHED))["reference"]
+        raise ConfigError(
+            f"Expected an unfinished run. Received: {run_uri}, which became {reference}. "
+            "Next: train again with --config to get the next version."
+        )
+    harmless = {name: value for name, value in flags.items() if value is not None}
+    return build_config(TrainConfig, saved, harmless, source=f"{run_uri}/{CONFIG}")
+
+
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The configuration with absolute locations: workers run in another folder."""
     model = config.model
-    if model.weights is not None and model.weights != "imagenet":
+    if model.weights is not None and model.weights != "imagenet" and not model.weights.startswith("s3://"):
         model = model.model_copy(update={"weights": open_store(model.weights).uri})
     locations = {field: open_store(getattr(config, field)).uri for field in ("models_uri", "runs_uri")}
-    data = config.data.model_copy(update={"uri": open_store(config.data.uri).uri})
+    uri = config.data.uri
+    data = config.data.model_copy(update={"uri": uri if uri == KERAS_CIFAR10 else open_store(uri).uri})
     return config.model_copy(update={**locations, "data": data, "model": model})
 
 
@@ -101,7 +199,7 @@ def _check_positive_label(config: TrainConfig, labelled: LabelledSet) -> None:
 
 def _run_name(config: TrainConfig, labelled: LabelledSet) -> str:
     """NAME-DIGEST-N: N counts finished runs of the same configuration and data, so an unfinished one is found again."""
-    decides = config.model_dump_json(exclude={"num_workers", "use_gpu", "max_failures", "collective_timeout_s"})
+    decides = config.model_dump_json(exclude=set(HARMLESS))
     digest = hashlib.sha256(f"{decides}\n{labelled.digest()}".encode()).hexdigest()[:10]
     store = open_store(config.runs_uri)
     number = 1
@@ -124,7 +222,7 @@ def _fit(job: TrainJob, run_name: str, progress_file: Path, local: bool) -> Work
         run_worker,
         train_loop_config={"job": job},
         backend_config=_tensorflow_workers(),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
+        scaling_config=ray.train.ScalingConfig(num_workers=_workers(config), use_gpu=config.use_gpu),
         run_config=ray.train.RunConfig(
             name=run_name,
             storage_path=config.runs_uri,
@@ -143,6 +241,11 @@ def _fit(job: TrainJob, run_name: str, progress_file: Path, local: bool) -> Work
         ) from None
     except (ray.train.TrainingFailedError, RayError) as error:
         raise explain_failure(error, job.run_uri) from error
+
+
+def _workers(config: TrainConfig) -> int | tuple[int, int]:
+    """Ray's `num_workers`: a number, or (least, most) for elastic training."""
+    return config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
 
 
 def _trainer_class(local: bool) -> Any:
@@ -250,7 +353,7 @@ def _progress_writer(path: Path) -> Any:
 
 
 @contextmanager
-def _epochs(on_epoch: OnEpoch | None) -> Iterator[Path]:
+def _epochs(on_epoch: OnEpoch | None, on_finding: OnFinding | None) -> Iterator[Path]:
     """A file inside; every line that appears in it is handed to `on_epoch` from a thread, the last ones at the end."""
     with tempfile.TemporaryDirectory(prefix="cnn_ray-progress-") as folder:
         path = Path(folder) / "epochs.jsonl"
@@ -266,7 +369,7 @@ def _epochs(on_epoch: OnEpoch | None) -> Iterator[Path]:
                     partial += stream.read()
                     *lines, partial = partial.split("\n")
                     for line in lines:
-                        _hand_over(json.loads(line), on_epoch)
+                        _hand_over(json.loads(line), on_epoch, on_finding)
 
         thread = threading.Thread(target=follow, name="cnn_ray-epochs", daemon=True)
         thread.start()
@@ -277,7 +380,10 @@ def _epochs(on_epoch: OnEpoch | None) -> Iterator[Path]:
             thread.join()
 
 
-def _hand_over(line: dict[str, Any], on_epoch: OnEpoch | None) -> None:
+def _hand_over(line: dict[str, Any], on_epoch: OnEpoch | None, on_finding: OnFinding | None) -> None:
+    for finding in line.pop("findings", []):
+        if on_finding is not None:
+            on_finding(Finding(**finding))
     if "failed_rank" in line:
         log.warning("worker %s failed (%s)", line["failed_rank"], " ".join(line["error"].split()))
     elif on_epoch is not None:

@@ -13,26 +13,25 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cnn_ray.batches import Batch, Batches
 from cnn_ray.collectives import World, all_reduce_sum
 from cnn_ray.config import PhaseConfig
 from cnn_ray.errors import ConfigError
 from cnn_ray.model import walk_layers
+from cnn_ray.train_callbacks import make_optimizer
 from cnn_ray.train_state import Position, read_position, restore_callbacks, restore_model, save_state
 
 if TYPE_CHECKING:
     import keras
 
 log = logging.getLogger(__name__)
-
-Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""pixels uint8 [b, S, S, 3], label_ids int32 [b], weights float32 [b] (0 for padding)"""
 
 
 @dataclass(frozen=True)
@@ -42,62 +41,29 @@ class Phase:
     name: str
     config: PhaseConfig
     prepare: Callable[[Any], None]
+    view: Callable[[], View] | None = None
+    """Called after `prepare`: what this phase trains in place of the whole model, on which data."""
 
 
 @dataclass(frozen=True)
-class Batches:
-    """The rows of one side that this rank holds, as a sequence of batches. A streaming source needs the same three.
+class View:
+    """A part of the model that shares its variables, with the data that it reads."""
 
-    A global batch takes one row from each of `batch_size` strata and rank r holds the strata s with s % world == r
-    (`cnn_ray.dataset.share_of_rank`). The order within a stratum is drawn from (seed, epoch, stratum): hence 2 workers
-    x 16 see batch for batch the rows that 1 worker x 32 sees, while each holds half of them. The price: two rows of one
-    stratum never share a batch, which among thousands of possible partners does not matter.
-    """
-
-    pixels: np.ndarray
-    """uint8 [K, S, S, 3]"""
-    label_ids: np.ndarray
-    """int32 [K]"""
-    strata: np.ndarray
-    """int64 [K]"""
-    rows_per_batch: int
-    """Rows of this rank in a batch, padding included: the same on all ranks."""
-
-    @property
-    def steps(self) -> int:
-        """Batches that hold all rows of this rank; the ranks then take the largest of all ranks' numbers."""
-        return int(np.bincount(self.strata).max()) if len(self.strata) else 0
-
-    def epoch(self, steps: int, order: tuple[int, int] | None) -> Iterator[Batch]:
-        """`steps` batches, in the order drawn from (seed, epoch), or as they lie without one."""
-        turns = np.zeros(len(self.strata), np.int64)
-        for stratum in np.unique(self.strata):
-            members = np.flatnonzero(self.strata == stratum)
-            if order is not None:
-                members = np.random.default_rng([*order, int(stratum)]).permutation(members)
-            turns[members] = np.arange(len(members))
-        by_turn = np.lexsort((self.strata, turns))
-        ends = np.searchsorted(turns[by_turn], np.arange(steps + 1))
-        for k in range(steps):
-            yield self._padded(by_turn[ends[k] : ends[k + 1]])
-
-    def _padded(self, rows: np.ndarray) -> Batch:
-        """Real rows first, then own rows again at weight 0: black images would spoil the statistics of BatchNorm."""
-        weights = np.zeros(self.rows_per_batch, np.float32)
-        weights[: len(rows)] = 1
-        if len(self.strata) == 0:
-            shape = (self.rows_per_batch, *self.pixels.shape[1:])
-            return np.zeros(shape, np.uint8), np.zeros(self.rows_per_batch, np.int32), weights
-        filled = np.resize(rows if len(rows) else np.arange(len(self.strata)), self.rows_per_batch)
-        return self.pixels[filled], self.label_ids[filled].astype(np.int32), weights
+    model: Any
+    train: Batches
+    validation: Batches
 
 
-def make_batches(
-    pixels: np.ndarray, label_ids: np.ndarray, strata: np.ndarray, batch_size: int, world_size: int
-) -> Batches:
-    """Batches of a rank's rows for the global batch size."""
-    return Batches(pixels, label_ids, strata, math.ceil(batch_size / world_size))
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the loss of single images, and the weights of classes (float32 [C]) while training."""
 
+    losses: Callable[[Any, Any], Any]
+    class_weights: np.ndarray
+
+
+TIMINGS = ("duration_s", "images_per_s", "input_wait")
+"""Logs that say how fast an epoch was: they differ between ranks and runs."""
 
 CallbackFactory = Callable[[str], "list[keras.callbacks.Callback]"]
 SaveState = Callable[[Path], None]
@@ -107,10 +73,24 @@ AfterEpoch = Callable[[dict[str, Any], SaveState], None]
 class Trainer:
     """Trains one model through its phases. All ranks build one and call `run`."""
 
-    def __init__(self, world: World, model: keras.Model, train: Batches, validation: Batches, *, seed: int) -> None:
-        """Afterwards all ranks hold rank 0's start weights and agree on the steps of an epoch."""
-        self.world, self.model, self.train, self.validation, self.seed = world, model, train, validation, seed
+    def __init__(
+        self,
+        world: World,
+        model: keras.Model,
+        train: Batches,
+        validation: Batches,
+        *,
+        seed: int,
+        objective: Objective | None = None,
+    ) -> None:
+        """Afterwards all ranks hold rank 0's start weights and agree on the steps of an epoch.
+
+        Without an objective it is the cross-entropy, all classes alike.
+        """
+        self.world, self.model, self.seed = world, model, seed
+        self.train, self.validation = train, validation
         self.train_steps, self.validation_steps = world.max(train.steps), world.max(validation.steps)
+        self.objective = objective or _cross_entropy(model.output_shape[-1])
         self.position = Position()
         with world.explained():
             world.copy_from_rank_0(model.weights)
@@ -146,50 +126,51 @@ class Trainer:
     def _run_phase(self, phase: Phase, callbacks: list[Any], after_epoch: AfterEpoch, resume_from: Path | None) -> None:
         import keras
 
-        self._compile(phase)
+        part = self._compile(phase)
         if resume_from is not None:
-            restore_model(resume_from, self.model)
-        steps = _Steps(self.world, self.model)
+            restore_model(resume_from, self.model, part.model.optimizer)
+        steps = _Steps(self.world, part.model, self.objective)
         listeners = keras.callbacks.CallbackList(
-            callbacks, model=self.model, epochs=phase.config.epochs, steps=self.train_steps, verbose=0
+            callbacks, model=part.model, epochs=phase.config.epochs, steps=self.train_steps, verbose=0
         )
-        self.model.stop_training = False
+        part.model.stop_training = False
         listeners.on_train_begin()
         if resume_from is not None:
             restore_callbacks(resume_from, callbacks)
         position = self.position
         while position.epoch < phase.config.epochs and not position.stopped:
-            logs = self._run_epoch(phase, steps, listeners, _wants_batches(callbacks))
-            position.stopped = self._agree_on_stop()
+            logs = self._run_epoch(phase, part, steps, listeners, _wants_batches(callbacks))
+            position.stopped = self._agree_on_stop(part.model)
             position.epoch += 1
             position.history.append(logs)
-            after_epoch(logs, lambda folder: save_state(folder, self.model, position, callbacks))
+            optimizer = part.model.optimizer
+            after_epoch(logs, lambda folder: save_state(folder, self.model, optimizer, position, callbacks))  # noqa: B023
         listeners.on_train_end()
         self.world.check_equal(self.model.weights)
 
-    def _compile(self, phase: Phase) -> None:
-        """A fresh optimizer whose slots exist before any tf.function is traced: it cannot make variables in there."""
-        import keras
-
+    def _compile(self, phase: Phase) -> View:
+        """What the phase trains. Its optimizer is fresh, and its slots exist before any tf.function is traced: it
+        cannot make variables in there."""
         phase.prepare(self.model)
+        part = View(self.model, self.train, self.validation) if phase.view is None else phase.view()
         with self.world.strategy.scope(), self.world.explained():
-            kind = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}[phase.config.optimizer]
-            optimizer = kind(learning_rate=phase.config.learning_rate)
-            self.model.compile(
+            optimizer = make_optimizer(phase.config, self.train_steps)
+            part.model.compile(
                 optimizer=optimizer,
                 loss="sparse_categorical_crossentropy",
                 jit_compile=False,  # pyright: ignore[reportArgumentType] - Keras annotates its default alone
             )
-            optimizer.build(self.model.trainable_variables)
+            optimizer.build(part.model.trainable_variables)
+        return part
 
-    def _run_epoch(self, phase: Phase, steps: _Steps, listeners: Any, batch_logs: bool) -> dict[str, Any]:
-        started = time.monotonic()
+    def _run_epoch(self, phase: Phase, part: View, steps: _Steps, listeners: Any, batch_logs: bool) -> dict[str, Any]:
+        started, waited_s = time.monotonic(), part.train.waited_s
         number = len(self.position.history)
         listeners.on_epoch_begin(number)
         totals = np.zeros(3)
         rows = 0.0
         pending: list[Any] = []
-        for k, batch in enumerate(self.train.epoch(self.train_steps, (self.seed, number))):
+        for k, batch in enumerate(part.train.epoch(self.train_steps, (self.seed, number))):
             listeners.on_train_batch_begin(k)
             rows += float(batch[2].sum())
             pending.append(steps.train(batch))
@@ -197,17 +178,25 @@ class Trainer:
                 totals += pending.pop().numpy()
             listeners.on_train_batch_end(k, _means(totals) if batch_logs else {})
         totals += _added(pending, self.world)
-        self._average_batchnorm(rows)
+        trained_s = time.monotonic() - started
+        self._average_batchnorm(part.model, rows)
         logs = _means(totals)
         listeners.on_test_begin()
-        seen = [steps.evaluate(batch) for batch in self.validation.epoch(self.validation_steps, None)]
+        seen = [steps.evaluate(batch) for batch in part.validation.epoch(self.validation_steps, None)]
         validation = _means(_added(seen, self.world))
         listeners.on_test_end(validation)
         logs |= {f"val_{name}": value for name, value in validation.items()}
         self._check_finite(logs["loss"], number, phase)
-        logs["learning_rate"] = float(np.asarray(self.model.optimizer.learning_rate))
+        logs["learning_rate"] = float(np.asarray(part.model.optimizer.learning_rate))
         listeners.on_epoch_end(number, logs)
-        return {"phase": phase.name, "epoch": number + 1, **logs, "duration_s": round(time.monotonic() - started, 3)}
+        return {
+            "phase": phase.name,
+            "epoch": number + 1,
+            **logs,
+            "duration_s": round(time.monotonic() - started, 3),
+            "images_per_s": round(float(totals[2]) / max(trained_s, 1e-9), 1),
+            "input_wait": round((part.train.waited_s - waited_s) / max(trained_s, 1e-9), 3),
+        }
 
     def _check_finite(self, loss: float, number: int, phase: Phase) -> None:
         if not math.isfinite(loss):
@@ -216,17 +205,17 @@ class Trainer:
                 f"Next: lower {phase.name}.learning_rate (now {phase.config.learning_rate:g})."
             )
 
-    def _agree_on_stop(self) -> bool:
+    def _agree_on_stop(self, model: Any) -> bool:
         """Whether any rank's callbacks stop the phase. The learning rate becomes rank 0's, should theirs differ."""
         if self.world.size == 1:
-            return bool(self.model.stop_training)
-        rate = float(np.asarray(self.model.optimizer.learning_rate))
-        votes = self.world.gather(np.array([float(bool(self.model.stop_training)), rate]))
+            return bool(model.stop_training)
+        rate = float(np.asarray(model.optimizer.learning_rate))
+        votes = self.world.gather(np.array([float(bool(model.stop_training)), rate]))
         if votes[0, 1] != np.float32(rate):
-            self.model.optimizer.learning_rate = float(votes[0, 1])
+            model.optimizer.learning_rate = float(votes[0, 1])
         return bool(votes[:, 0].any())
 
-    def _average_batchnorm(self, rows: float) -> None:
+    def _average_batchnorm(self, model: Any, rows: float) -> None:
         """Afterwards the moving statistics of BatchNorm layers that are in training mode are the ranks' averages.
 
         Keras gives these variables no aggregation, so each rank's drift after its own images. Layers in inference mode
@@ -236,7 +225,7 @@ class Trainer:
 
         variables: list[Any] = [
             variable
-            for layer in walk_layers(self.model)
+            for layer in walk_layers(model)
             if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
             for variable in (layer.moving_mean, layer.moving_variance)
         ]
@@ -258,11 +247,10 @@ class _Steps:
     No XLA: on CPU it aborts around an all-reduce.
     """
 
-    def __init__(self, world: World, model: keras.Model) -> None:
-        import keras
+    def __init__(self, world: World, model: keras.Model, objective: Objective) -> None:
         import tensorflow as tf
 
-        loss_of = keras.losses.SparseCategoricalCrossentropy(reduction=None)  # pyright: ignore[reportArgumentType]
+        loss_of, class_weights = objective.losses, tf.constant(objective.class_weights)
         variables = model.trainable_variables
 
         def totals(labels: Any, scores: Any, weights: Any, losses: Any) -> Any:
@@ -273,7 +261,7 @@ class _Steps:
             count = all_reduce_sum(tf.reduce_sum(weights))
             with tf.GradientTape() as tape:
                 scores = model(pixels, training=True)
-                losses = tf.reduce_sum(loss_of(labels, scores) * weights)
+                losses = tf.reduce_sum(loss_of(labels, scores) * weights * tf.gather(class_weights, labels))
                 objective = losses / tf.maximum(count, 1.0)
                 if model.losses:
                     objective += tf.add_n(model.losses) / world.size
@@ -302,6 +290,13 @@ class _Steps:
 
         with self._world.explained():
             return step(*(tf.constant(part) for part in batch))
+
+
+def _cross_entropy(num_classes: int) -> Objective:
+    import keras
+
+    losses: Any = keras.losses.SparseCategoricalCrossentropy(reduction=None)  # pyright: ignore[reportArgumentType]
+    return Objective(losses, np.ones(num_classes, np.float32))
 
 
 def _added(results: list[Any], world: World) -> np.ndarray:

@@ -34,10 +34,10 @@ class Position:
     """Logs of every epoch so far, of all phases."""
 
 
-def save_state(folder: Path, model: Any, position: Position, callbacks: list[Any]) -> None:
+def save_state(folder: Path, model: Any, optimizer: Any, position: Position, callbacks: list[Any]) -> None:
     """Afterwards the folder holds all that `restore_model` and `restore_callbacks` read. No communication in here."""
     model.save_weights(folder / WEIGHTS_FILE)
-    arrays = {f"optimizer_{k}": np.asarray(v.numpy()) for k, v in enumerate(model.optimizer.variables)}
+    arrays = {f"optimizer_{k}": np.asarray(v.numpy()) for k, v in enumerate(optimizer.variables)}
     arrays |= {f"random_{k}": np.asarray(v.numpy()) for k, v in enumerate(_random_states(model))}
     scalars: list[dict[str, Any]] = []
     for k, callback in enumerate(callbacks):
@@ -56,11 +56,11 @@ def read_position(folder: Path) -> Position:
     return Position(**saved)
 
 
-def restore_model(folder: Path, model: Any) -> None:
+def restore_model(folder: Path, model: Any, optimizer: Any) -> None:
     """Afterwards weights, optimizer slots (which must be built) and random states are those that were saved."""
     model.load_weights(folder / WEIGHTS_FILE)
     with np.load(folder / ARRAYS_FILE) as arrays:
-        for k, variable in enumerate(model.optimizer.variables):
+        for k, variable in enumerate(optimizer.variables):
             variable.assign(arrays[f"optimizer_{k}"])
         for k, variable in enumerate(_random_states(model)):
             variable.assign(arrays[f"random_{k}"])

@@ -11,23 +11,34 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from cnn_ray.artifact import sha256_of
+from cnn_ray.batches import Batches, DecodedPixels, make_batches
 from cnn_ray.config import ModelDefinition, TrainConfig
-from cnn_ray.dataset import LabelledSet, LoadedPixels, Share, load_pixels, share_of_rank
+from cnn_ray.dataset import LabelledSet, share_of_rank
 from cnn_ray.errors import CnnRayError
+from cnn_ray.guards import Finding, check_model, raise_errors
+from cnn_ray.losses import class_weights, image_losses
+from cnn_ray.storage import open_store
 
 if TYPE_CHECKING:
     import keras
 
     from cnn_ray.collectives import World
-    from cnn_ray.train_loop import Phase, SaveState
+    from cnn_ray.train_loop import Objective, Phase, SaveState, View
 
 log = logging.getLogger(__name__)
+
+SAMPLE_IMAGES = 64
+"""Training images that the guards look at."""
+EXPORT_IMAGES = 512
+"""Validation images that the engines are compared on at export."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,8 @@ class TrainJob:
     config: TrainConfig
     labelled: LabelledSet
     run_uri: str
+    findings: tuple[Finding, ...] = ()
+    """What the guards saw before Ray started."""
 
 
 @dataclass(frozen=True)
@@ -66,42 +79,80 @@ def run_worker(settings: dict[str, TrainJob]) -> WorkerOutcome | None:
 def _train_and_publish(job: TrainJob) -> WorkerOutcome | None:
     import ray.train
 
-    from cnn_ray.model import build_classifier, fetch_weights, input_size_px
-
-    config, labelled, context = job.config, job.labelled, ray.train.get_context()
-    size_px = input_size_px(config.model)
-    shares = {
-        split: share_of_rank(
-            labelled, split, context.get_world_rank(), context.get_world_size(), config.batch_size, config.seed
-        )
-        for split in ("train", "validation")
-    }
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cnn_ray-train-")))
-        pool = stack.enter_context(ThreadPoolExecutor(1))
-        # Images are decoded while TensorFlow is imported: 5 s that would be waited twice otherwise.
-        loading = {split: pool.submit(_load, labelled, share, size_px) for split, share in shares.items()}
-        world = _join_world(config, context.get_local_world_size())
-        error, weights_path = None, None
-        try:
-            weights_path = fetch_weights(config.model)
-            if config.model.weights == "imagenet":
-                build_classifier(config.model, len(labelled.labels))  # downloads into Keras's cache
-            loaded = {split: future.result() for split, future in loading.items()}
-        except CnnRayError as caught:
-            error, loaded = caught, {}
-        world.agree(error)
-        with world.strategy.scope(), world.explained():
-            model = build_classifier(config.model, len(labelled.labels), seed=config.seed, weights_path=weights_path)
-        history = _train(job, world, model, loaded)
-    if world.rank != 0:
-        return None
-    return _publish(job, model, loaded["validation"], history)
+    context = ray.train.get_context()
+    # Images are decoded while TensorFlow is imported: 5 s that would be waited twice otherwise.
+    data = _Data.begin(job, context.get_world_rank(), context.get_world_size())
+    try:
+        world = _join_world(job.config, context.get_local_world_size())
+        model, findings = _agree_on_model(job, world, data)
+        history = _train(job, world, model, data, findings)
+        return _publish(job, model, data, history, findings) if world.rank == 0 else None
+    finally:
+        data.close()
 
 
-def _load(labelled: LabelledSet, share: Share, size_px: tuple[int, int]) -> tuple[Share, LoadedPixels]:
-    loaded = load_pixels(labelled.root_uri, [labelled.uris[row] for row in share.rows], size_px)
-    return share.keep(loaded.kept), loaded
+@dataclass(frozen=True)
+class _Data:
+    """This rank's images of both sides, being decoded."""
+
+    sources: dict[str, DecodedPixels] = field(repr=False)
+    batches: dict[str, Batches] = field(repr=False)
+
+    @staticmethod
+    def begin(job: TrainJob, rank: int, ranks: int) -> _Data:
+        from cnn_ray.model import input_size_px
+
+        config, labelled = job.config, job.labelled
+        size_px = input_size_px(config.model)
+        sources: dict[str, DecodedPixels] = {}
+        batches: dict[str, Batches] = {}
+        rest = config.cache_bytes
+        for split in ("train", "validation"):
+            share = share_of_rank(labelled, split, rank, ranks, config.batch_size, config.seed)
+            uris = [labelled.uris[row] for row in share.rows]
+            sources[split] = DecodedPixels(labelled.root_uri, uris, size_px, cache_bytes=rest)
+            rest -= min(rest, len(uris) * size_px[0] * size_px[1] * 3)
+            batches[split] = make_batches(
+                sources[split], labelled.label_ids[share.rows], share.strata, config.batch_size, ranks
+            )
+        return _Data(sources, batches)
+
+    def wait(self) -> None:
+        for source in self.sources.values():
+            source.wait()
+
+    def close(self) -> None:
+        for source in self.sources.values():
+            source.close()
+
+
+def _agree_on_model(job: TrainJob, world: World, data: _Data) -> tuple[keras.Model, list[Finding]]:
+    """The model with start weights on every rank, and what the guards saw; one rank's error is raised by all."""
+    from cnn_ray.model import build_classifier, fetch_weights
+
+    config, classes = job.config, len(job.labelled.labels)
+    error, weights_path = None, None
+    try:
+        weights_path = fetch_weights(config.model)
+        if config.model.weights == "imagenet":
+            build_classifier(config.model, classes)  # downloads into Keras's cache
+        data.wait()
+    except CnnRayError as caught:
+        error = caught
+    world.agree(error)
+    with world.strategy.scope(), world.explained():
+        model = build_classifier(config.model, classes, seed=config.seed, weights_path=weights_path)
+    findings: list[Finding] = []
+    try:
+        if world.rank == 0:
+            source = data.sources["train"]
+            sample, readable = source.take(np.arange(min(SAMPLE_IMAGES, len(data.batches["train"].label_ids))))
+            findings = check_model(config, job.labelled, model, sample[readable])
+            raise_errors(findings, config.allow)
+    except CnnRayError as caught:
+        error = caught
+    world.agree(error)
+    return model, [*job.findings, *findings]
 
 
 def _join_world(config: TrainConfig, workers_here: int) -> World:
@@ -120,49 +171,85 @@ def _join_world(config: TrainConfig, workers_here: int) -> World:
     return World(config.collective_timeout_s)
 
 
-def _phases(config: TrainConfig) -> list[Phase]:
+def _phases(config: TrainConfig, model: keras.Model, data: _Data) -> list[Phase]:
     from cnn_ray.model import freeze_backbone, unfreeze_backbone
     from cnn_ray.train_loop import Phase
 
     def whole(_model: Any) -> None:
         """From scratch everything trains, BatchNorm in training mode."""
 
-    phases = [Phase("train", config.train, whole if config.model.weights is None else freeze_backbone)]
-    if config.fine_tune is not None:
-        phases.append(Phase("fine_tune", config.fine_tune, unfreeze_backbone))
-    return phases
+    def features() -> View:
+        return _cached_view(config, model, data)
+
+    if config.model.weights is None:
+        first = Phase("train", config.train, whole)
+    else:
+        first = Phase("train", config.train, freeze_backbone, features if config.cache_features else None)
+    if config.fine_tune is None:
+        return [first]
+    return [first, Phase("fine_tune", config.fine_tune, unfreeze_backbone)]
+
+
+def _cached_view(config: TrainConfig, model: keras.Model, data: _Data) -> View:
+    from cnn_ray.feature_cache import cached, cut_at_features
+    from cnn_ray.train_loop import View
+
+    below, head = cut_at_features(model)
+    augment = config.model.augmentation != "none"
+    return View(
+        head,
+        cached(data.batches["train"], below, augment=augment),
+        cached(data.batches["validation"], below, augment=False),
+    )
+
+
+def _objective(job: TrainJob) -> Objective:
+    from cnn_ray.train_loop import Objective
+
+    labelled = job.labelled
+    classes = len(labelled.labels)
+    weights = class_weights(job.config, labelled.label_ids[labelled.rows("train")], classes)
+    return Objective(image_losses(job.config, classes), weights)
 
 
 def _train(
-    job: TrainJob, world: World, model: keras.Model, loaded: dict[str, tuple[Share, LoadedPixels]]
+    job: TrainJob, world: World, model: keras.Model, data: _Data, findings: list[Finding]
 ) -> list[dict[str, Any]]:
+    """Logs of every epoch; each is reported with a checkpoint, the first one with what the guards saw."""
     import ray.train
 
-    from cnn_ray.train_loop import Trainer, make_batches
+    from cnn_ray.train_callbacks import fetch_log, shared_callbacks, upload, writing_callbacks
+    from cnn_ray.train_loop import Trainer
+    from cnn_ray.train_state import read_position
 
-    def batches(split: str) -> Any:
-        share, images = loaded[split]
-        return make_batches(
-            images.pixels, job.labelled.label_ids[share.rows], share.strata, job.config.batch_size, world.size
-        )
+    config, store = job.config, open_store(job.run_uri)
+    trainer = Trainer(
+        world, model, data.batches["train"], data.batches["validation"], seed=config.seed, objective=_objective(job)
+    )
+    with tempfile.TemporaryDirectory(prefix="cnn_ray-logs-") as logs_folder, _last_checkpoint() as resumed:
+        folder = Path(logs_folder)
+        writes = world.rank == 0 and bool(config.logs)
+        if writes:
+            fetch_log(store, folder, len(read_position(resumed).history) if resumed else 0)
 
-    def after_epoch(logs: dict[str, Any], save: SaveState) -> None:
-        if world.rank != 0:
-            ray.train.report(logs)
-            return
-        with tempfile.TemporaryDirectory(prefix="cnn_ray-checkpoint-") as folder:
-            save(Path(folder))
-            ray.train.report(logs, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        def callbacks(phase: str) -> list[Any]:
+            settings = config.fine_tune if phase == "fine_tune" and config.fine_tune is not None else config.train
+            return shared_callbacks(settings) + (writing_callbacks(config.logs, folder) if writes else [])
 
-    trainer = Trainer(world, model, batches("train"), batches("validation"), seed=job.config.seed)
-    phases = _phases(job.config)
-    with _last_checkpoint() as folder:
-        return trainer.run(
-            phases,
-            callbacks=lambda name: _callbacks(job.config, name),
-            after_epoch=after_epoch,
-            resume_from=folder,
-        )
+        def after_epoch(logs: dict[str, Any], save: SaveState) -> None:
+            if world.rank != 0:
+                ray.train.report(logs)
+                return
+            if writes:
+                upload(store, folder)
+            if logs["epoch"] == 1 and findings:
+                logs = {**logs, "findings": [asdict(finding) for finding in findings]}
+            with tempfile.TemporaryDirectory(prefix="cnn_ray-checkpoint-") as checkpoint:
+                save(Path(checkpoint))
+                ray.train.report(logs, checkpoint=ray.train.Checkpoint.from_directory(checkpoint))
+
+        phases = _phases(config, model, data)
+        return trainer.run(phases, callbacks=callbacks, after_epoch=after_epoch, resume_from=resumed)
 
 
 @contextmanager
@@ -177,30 +264,22 @@ def _last_checkpoint() -> Iterator[Path | None]:
         yield Path(folder)
 
 
-def _callbacks(config: TrainConfig, phase: str) -> list[Any]:
-    import keras
-
-    settings = config.fine_tune if phase == "fine_tune" and config.fine_tune is not None else config.train
-    if settings.early_stopping is None:
-        return []
-    patience = settings.early_stopping.patience
-    return [keras.callbacks.EarlyStopping("val_loss", patience=patience, restore_best_weights=True)]
-
-
 def _publish(
-    job: TrainJob, model: keras.Model, validation: tuple[Share, LoadedPixels], history: list[dict[str, Any]]
+    job: TrainJob, model: keras.Model, data: _Data, history: list[dict[str, Any]], findings: list[Finding]
 ) -> WorkerOutcome:
     """The published model, rebuilt outside the strategy and in float32 so that the export sees plain variables."""
     import keras
 
     from cnn_ray.export import publish_artifact
-    from cnn_ray.model import build_classifier
+    from cnn_ray.model import build_classifier, fetch_weights
+    from cnn_ray.train_loop import TIMINGS
 
-    config, labelled, (share, images) = job.config, job.labelled, validation
+    config, labelled, validation = job.config, job.labelled, data.batches["validation"]
+    pixels, readable = validation.source.take(np.arange(min(EXPORT_IMAGES, len(validation.label_ids))))
     keras.config.set_dtype_policy("float32")
     plain = build_classifier(_without_weights(config.model), len(labelled.labels), seed=config.seed)
     plain.set_weights(model.get_weights())
-    last = {name: value for name, value in (history[-1] if history else {}).items() if name != "duration_s"}
+    last = {name: value for name, value in (history[-1] if history else {}).items() if name not in TIMINGS}
     artifact = publish_artifact(
         plain,
         models_uri=config.models_uri,
@@ -209,8 +288,8 @@ def _publish(
         labels=labelled.labels,
         positive_label=positive_label(config, labelled.labels),
         threshold=config.threshold,
-        validation_pixels=images.pixels,
-        validation_labels=labelled.label_ids[share.rows],
+        validation_pixels=pixels[readable],
+        validation_labels=validation.label_ids[: len(pixels)][readable],
         training={
             "config": json.loads(config.model_dump_json()),
             "data_digest": labelled.digest(),
@@ -218,6 +297,9 @@ def _publish(
             "metrics": last,
             "history": history,
             "run_uri": job.run_uri,
+            "findings": [asdict(finding) for finding in findings],
+            "parameters": plain.count_params(),
+            "weights_sha256": sha256_of(start) if (start := fetch_weights(config.model)) else None,
         },
     )
     return WorkerOutcome(artifact.reference, artifact.uri, last)

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from cnn_ray.batches import Batches, make_batches
 from cnn_ray.collectives import World
 from cnn_ray.config import PhaseConfig
 from cnn_ray.dataset import SPLITS, LabelledSet, share_of_rank
 from cnn_ray.errors import CnnRayError, ConfigError, DataError
 from cnn_ray.model import freeze_backbone, unfreeze_backbone
-from cnn_ray.train_loop import Batches, Phase, Trainer, make_batches
+from cnn_ray.train_loop import Phase, Trainer
 
 SIDE = 12
 CLASSES = 3

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cnn_ray.train_loop import TIMINGS
+
 WORKER = Path(__file__).with_name("data_parallel_worker.py")
 ROOT = WORKER.parents[2]
 NUMERICAL = ("agree", "exact", "noisy", "uneven", "callbacks", "chief_stops", "resume", "frozen")
@@ -35,7 +37,7 @@ class Ended:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        return [{k: v for k, v in logs.items() if k != "duration_s"} for logs in self.result["history"]]
+        return [{k: v for k, v in logs.items() if k not in TIMINGS} for logs in self.result["history"]]
 
 
 def free_port() -> int:

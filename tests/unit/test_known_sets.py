@@ -71,7 +71,7 @@ def test_pickled_arrays_are_never_loaded(tmp_path):
 
     keys = {key: np.zeros(2) for key in known_sets.NPZ_KEYS}
     np.savez(tmp_path / "evil.npz", **(keys | {"class_names": np.array([Danger(), "b"], object)}))
-    with pytest.raises(DataError, match="Expected an .npz of encoded images"):
+    with pytest.raises(DataError, match=r"Expected an \.npz of encoded images"):
         read_labelled_set(DataConfig(uri=str(tmp_path / "evil.npz")))
 
 
