@@ -57,6 +57,14 @@ Jobs.
     train_loop.py     the data-parallel epoch loop
     train_worker.py   what one Ray Train worker does: load, train, publish
     train.py          the Ray Train driver
+    metrics.py        figures of scores against the truth, with intervals
+    judged.py         what an evaluation is made of
+    page.py           what the HTML pages share
+    plots.py          line and dot charts, confusion matrix
+    evaluation_page.py an evaluation as HTML
+    evaluate.py       labelled images scored by a version; figures, page, JSON
+    calibration.py    temperature, and a threshold at a false-positive budget
+    promotion.py      the release gate
     comparison.py     two nights side by side: what changed, and whether it matters
     charts.py         histogram and throughput as inline SVG
     report_page.py    the run report as HTML
@@ -71,6 +79,7 @@ Jobs.
     drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
     console.py        progress and tables
+    console_evaluation.py evaluations, calibrations, promotions
     console_training.py findings of the guards, comparisons
     cli_models.py     the verbs about models
     demo.py           the whole line on drawn screenshots

@@ -59,6 +59,8 @@ class ArtifactDescription(BaseModel):
     resize_rule: str
     positive_label: str | None
     threshold: float
+    calibration: dict[str, Any] | None = None
+    """How threshold and temperature were fitted; None: as configured for the training."""
     files: dict[str, FileRecord]
     engines: dict[str, dict[str, EngineFigures]]
     """engine -> precision -> figures"""
@@ -315,8 +317,14 @@ def read_aliases(models_uri: str, name: str) -> dict[str, int]:
     return _read_aliases(models_uri, name)[0]
 
 
-def set_alias(models_uri: str, name: str, alias: str, version: int) -> None:
-    """Afterwards the alias means the version; a concurrent change of another alias is kept (compare-and-swap).
+ANY = -1
+"""Whatever an alias means now."""
+
+
+def set_alias(models_uri: str, name: str, alias: str, version: int, *, expected: int | None = ANY) -> bool:
+    """Whether the alias means the version now; a concurrent change of another alias is kept (compare-and-swap).
+
+    False, and nothing changed, where the alias does not mean `expected` (None: no version) any more.
 
     Raises:
         ArtifactError: the version does not exist.
@@ -326,13 +334,15 @@ def set_alias(models_uri: str, name: str, alias: str, version: int) -> None:
     store = open_store(f"{models_uri.rstrip('/')}/{name}")
     while True:
         aliases, token = _read_aliases(models_uri, name)
+        if expected != ANY and aliases.get(alias) != expected:
+            return False
         raw = json.dumps({**aliases, alias: version}, indent=2, sort_keys=True).encode()
         if token is None:
             done = store.put_if_absent("aliases.json", raw)
         else:
             done = store.put_if_match("aliases.json", raw, token) is not None
         if done:
-            return
+            return True
 
 
 def _read_aliases(models_uri: str, name: str) -> tuple[dict[str, int], str | None]:

@@ -48,6 +48,8 @@ def _jpeg_recompression(seed: int) -> Any:
     import keras
     import tensorflow as tf
 
+    tf_image: Any = tf.image
+
     class RandomJpegQuality(keras.layers.Layer):
         def __init__(self) -> None:
             super().__init__(dtype="float32", name="augment_jpeg", trainable=False)
@@ -60,9 +62,9 @@ def _jpeg_recompression(seed: int) -> Any:
             qualities = keras.random.randint((count,), 40, 100, seed=self.generator)
             pixels = tf.cast(tf.round(tf.clip_by_value(images, 0.0, 255.0)), tf.uint8)
             recoded = tf.map_fn(
-                lambda pair: tf.image.adjust_jpeg_quality(pair[0], pair[1]),
+                lambda pair: tf_image.adjust_jpeg_quality(pair[0], pair[1]),
                 (pixels, qualities),
-                fn_output_signature=tf.TensorSpec(images.shape[1:], tf.uint8),
+                fn_output_signature=tf.TensorSpec(tuple(images.shape)[1:], tf.uint8),
             )
             return tf.cast(recoded, tf.float32)
 

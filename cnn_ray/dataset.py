@@ -77,8 +77,10 @@ class LoadedPixels:
     failures: dict[QuarantineCode, int]
 
 
-def read_labelled_set(config: DataConfig) -> LabelledSet:
+def read_labelled_set(config: DataConfig, *, split: bool = True) -> LabelledSet:
     """The labelled images that the configuration names, with labels as numbers and every image on one side.
+
+    Without `split` none is drawn and one class will do: all images stand on the side that the data name, else in train.
 
     Raises:
         DataError: nothing there, one class only, a missing column, an unknown label or split, an image named twice, a
@@ -92,14 +94,17 @@ def read_labelled_set(config: DataConfig) -> LabelledSet:
             "or a .csv or .parquet manifest."
         )
     rows = rows.take(sorted(range(len(rows.uris)), key=rows.uris.__getitem__))
-    labels, label_ids = _number_labels(rows.names, config)
+    labels, label_ids = _number_labels(rows.names, config, least=2 if split else 1)
     if config.limit is not None:
         order = even_sample(rows.uris, label_ids, config.limit, config.split_seed)
         rows, label_ids = rows.take(order), label_ids[order]
     twins = None
-    if config.near_duplicates == "keep_together":
+    if split and config.near_duplicates == "keep_together":
         twins = look_for_twins(root_uri, rows.uris)
-    splits = _split(rows, label_ids, labels, config, twins)
+    if split:
+        splits = _split(rows, label_ids, labels, config, twins)
+    else:
+        splits = np.zeros(len(label_ids), np.uint8) if rows.splits is None else _given_split(rows, config)
     groups, sources = (None if values is None else tuple(values) for values in (rows.groups, rows.sources))
     return LabelledSet(root_uri, tuple(rows.uris), label_ids, labels, splits, groups, sources, twins)
 
@@ -110,7 +115,7 @@ def look_for_twins(root_uri: str, uris: Sequence[str]) -> np.ndarray:
     Raises:
         StorageError: storage is down or the credentials are wrong.
     """
-    read_image = image_reader(root_uri, (near_duplicates.HASH_SIDE_PX,) * 2)
+    read_image = image_reader(root_uri, (near_duplicates.HASH_SIDE_PX, near_duplicates.HASH_SIDE_PX))
 
     def read(uri: str) -> np.ndarray | None:
         image = read_image(uri)
@@ -140,7 +145,7 @@ def write_split(labelled: LabelledSet) -> bytes:
     return stream.getvalue()
 
 
-def _number_labels(names: list[str], config: DataConfig) -> tuple[tuple[str, ...], np.ndarray]:
+def _number_labels(names: list[str], config: DataConfig, least: int) -> tuple[tuple[str, ...], np.ndarray]:
     found = sorted(set(names))
     labels = config.labels or tuple(found)
     if len(set(labels)) != len(labels):
@@ -157,7 +162,7 @@ def _number_labels(names: list[str], config: DataConfig) -> tuple[tuple[str, ...
             f"Expected images of every label in {config.uri}. Received: none of {absent[0]!r}. "
             "Next: remove it from data.labels or add images."
         )
-    if len(labels) < 2:
+    if len(labels) < least:
         raise DataError(
             f"Expected two or more classes in {config.uri}. Received: only {found[0]!r}. "
             "Next: add images of another class."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -51,6 +51,9 @@ MEASURED_IMAGES = 512
 """Images on which engines are compared, at the most."""
 
 
+Fit = Callable[[Path, dict[str, dict[str, EngineFigures]]], tuple[float, dict[str, Any]]]
+
+
 def publish_artifact(
     model: keras.Model,
     *,
@@ -63,6 +66,7 @@ def publish_artifact(
     validation_pixels: Pixels,
     validation_labels: np.ndarray,
     training: Mapping[str, Any],
+    fit: Fit | None = None,
 ) -> Artifact:
     """The next version of the model, written whole; artifact.json names every digest and every engine's figures.
 
@@ -70,6 +74,7 @@ def publish_artifact(
         model: uint8 pixels [N, H, W, 3] -> float32 scores [N, C].
         validation_pixels: uint8 [N, H, W, 3], real images that the engines are compared on.
         validation_labels: int [N], their class indices.
+        fit: gives threshold and calibration record from the exported folder and the engines' figures.
 
     Raises:
         ArtifactError: an engine in float32 does not agree with Keras; nothing is published.
@@ -81,6 +86,9 @@ def publish_artifact(
         _write_openvino(model, folder)
         pixels, truth = validation_pixels[:MEASURED_IMAGES], validation_labels[:MEASURED_IMAGES]
         figures = measure_engines(model, definition, folder, pixels, truth)
+        calibration = None
+        if fit is not None:
+            threshold, calibration = fit(folder, figures)
         height, width = model.input_shape[1:3]
         description = ArtifactDescription(
             format=FORMAT,
@@ -92,6 +100,7 @@ def publish_artifact(
             resize_rule=RESIZE_RULE,
             positive_label=positive_label,
             threshold=threshold,
+            calibration=calibration,
             files=_file_records(folder),
             engines=figures,
             training=dict(training),

@@ -18,15 +18,15 @@ def image_losses(config: TrainConfig, num_classes: int) -> Callable[[Any, Any], 
     """
     import keras
 
+    losses: Any = keras.losses  # typed without reduction=None, which it documents
     if config.loss == "focal":
-        loss: Any = keras.losses.CategoricalFocalCrossentropy(
+        loss: Any = losses.CategoricalFocalCrossentropy(
             alpha=1.0, gamma=config.focal_gamma, label_smoothing=config.label_smoothing, reduction=None
         )
     elif config.label_smoothing:
-        loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing, reduction=None)
+        loss = losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing, reduction=None)
     else:
-        sparse: Any = keras.losses.SparseCategoricalCrossentropy(reduction=None)  # pyright: ignore[reportArgumentType]
-        return sparse
+        return losses.SparseCategoricalCrossentropy(reduction=None)
     return lambda label_ids, scores: loss(keras.ops.one_hot(label_ids, num_classes), scores)
 
 

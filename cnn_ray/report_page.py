@@ -1,24 +1,23 @@
 """The page that a person opens: one HTML text without scripts, links or anything to load. Pure.
 
-File names, labels and details come from whoever made the screenshots: each passes `_text`, and the page's own policy
-(Content-Security-Policy) forbids scripts and the network, should one ever slip through.
+File names, labels and details come from whoever made the screenshots: each passes `page.text`, and the page's own
+policy (Content-Security-Policy) forbids scripts and the network, should one ever slip through.
 """
 
 from __future__ import annotations
 
 import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 from cnn_ray import charts
 from cnn_ray.comparison import Change, Night, compare, percent
+from cnn_ray.page import document
+from cnn_ray.page import section as _section
+from cnn_ray.page import table as _table
+from cnn_ray.page import text as _text
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-MOST_TEXT = 1200
-"""Characters of one text from outside; an S3 key has at most 1,024 bytes."""
 MOST_LABELS = 20
 MOST_ALERTS = 8
 
@@ -64,39 +63,7 @@ def build_report(data: ReportData) -> str:
         "</div>",
         _facts(data),
     ]
-    style = files("cnn_ray").joinpath("report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
-
-
-def _text(value: object, most: int = MOST_TEXT) -> str:
-    """The value as HTML text. Characters that do not print, or that turn the direction of writing round, are spelled
-    out: a name such as `gpj.<U+202E>exe` must not look like another one. What is too long loses its middle."""
-    raw = str(value)
-    if len(raw) > most:
-        raw = f"{raw[: most // 2]} … {raw[-most // 2 :]}"
-    return html.escape("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in raw), quote=True)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
-    """A table; a heading that begins with `#` stands over numbers, the rows are HTML."""
-    cells = "".join(
-        f'<th scope="col" class="number">{name[1:]}</th>' if name[:1] == "#" else f'<th scope="col">{name}</th>'
-        for name in head
-    )
-    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
-    return f'<table class="{kind}">{top}<tbody>\n' + "\n".join(rows) + "\n</tbody></table>"
+    return document(title, parts)
 
 
 def _header(data: ReportData, title: str) -> str:

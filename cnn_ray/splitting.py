@@ -29,8 +29,8 @@ def join_groups(groups: Sequence[str], twins: np.ndarray | None) -> list[str]:
             name = parent[name]
         return name
 
-    for group, twin in zip(groups, twins.tolist(), strict=True):
-        first, second = sorted((root(group), root(groups[twin])))
+    for group, twin in zip(groups, [groups[int(k)] for k in twins], strict=True):
+        first, second = sorted((root(group), root(twin)))
         parent[second] = first
     return [root(name) for name in groups]
 

@@ -51,8 +51,8 @@ def _learning_rate(phase: PhaseConfig, steps_per_epoch: int) -> Any:
     if phase.schedule == "constant" and not phase.warmup_epochs:
         return phase.learning_rate
     import keras
-    from keras import ops
 
+    ops: Any = keras.ops
     warmup = phase.warmup_epochs * steps_per_epoch
     whole = max(phase.epochs * steps_per_epoch - warmup, 1.0)
 
