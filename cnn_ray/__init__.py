@@ -65,6 +65,9 @@ Jobs.
     evaluate.py       labelled images scored by a version; figures, page, JSON
     calibration.py    temperature, and a threshold at a false-positive budget
     promotion.py      the release gate
+    comparison_rows.py what a comparison of trainings is made of
+    compare_page.py   a comparison of trainings as HTML
+    compare.py        several trainings on one split, measured alike
     comparison.py     two nights side by side: what changed, and whether it matters
     charts.py         histogram and throughput as inline SVG
     report_page.py    the run report as HTML

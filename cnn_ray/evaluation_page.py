@@ -95,7 +95,7 @@ def _binary(found: BinaryFigures | None) -> str:
             (
                 f"{recall.max_fpr:.1%}",
                 shown(recall.recall),
-                "yes" if recall.supported else _unsupported(found, recall.max_fpr),
+                "yes" if recall.supported else _unsupported(recall.max_fpr),
             )
         )
         for recall in found.recall_at_fpr
@@ -111,7 +111,7 @@ def _binary(found: BinaryFigures | None) -> str:
     return section(title, f'<p class="soft">{text(counts)}</p>' + table(head, rows))
 
 
-def _unsupported(found: BinaryFigures, max_fpr: float) -> str:
+def _unsupported(max_fpr: float) -> str:
     return f"no: needs {1 / max_fpr:,.0f}"
 
 
