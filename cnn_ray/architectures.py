@@ -45,7 +45,7 @@ class Architecture:
 
 _SMALLEST_PX = {
     **{"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71},
-    **{"simple_cnn": 18, "augmented_cnn": 10, "lenet5": 16, "alexnet": 28, "small_resnet": 8},
+    **{"simple_cnn": 18, "augmented_cnn": 10, "lenet5": 16, "alexnet": 15, "small_resnet": 4},
 }
 
 
@@ -90,7 +90,10 @@ _BY_LOWER_NAME = {name.lower(): row for name, row in ARCHITECTURES.items()}
 
 
 def expected_range(preprocessing: Preprocessing) -> tuple[float, float]:
-    """(lowest, highest) value that a backbone gets for pixel values 0 to 255 with this preprocessing."""
+    """(lowest, highest) value, over all three channels, that a backbone gets for pixel values 0 to 255.
+
+    Of a row's own `preprocessing` it is the range that its published weights were made for.
+    """
     scale, offset = _SCALE_AND_OFFSET[preprocessing]
     scales = scale if isinstance(scale, list) else [scale] * 3
     offsets = offset if isinstance(offset, list) else [offset] * 3

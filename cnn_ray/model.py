@@ -38,7 +38,8 @@ def check_definition(definition: ModelDefinition) -> None:
     """Nothing, when the definition can be built as far as can be seen without Keras; run before anything is started.
 
     Raises:
-        ConfigError: unknown architecture, weights that it does not have, or a local weights file that is missing.
+        ConfigError: unknown architecture, weights or a top that it does not have, a digest without a file, or a local
+            weights file that is missing.
     """
     architecture = find_architecture(definition.architecture)
     weights = definition.weights
@@ -46,6 +47,11 @@ def check_definition(definition: ModelDefinition) -> None:
         raise ConfigError(
             f"Expected an architecture with published weights for weights: imagenet. Received: {architecture.name}. "
             "Next: leave model.weights out, or take MobileNetV2."
+        )
+    if definition.weights_sha256 is not None and weights in (None, IMAGENET):
+        raise ConfigError(
+            f"Expected a file in model.weights for model.weights_sha256. Received: {weights or 'none'}. "
+            "Next: name the file, or leave the digest out (Keras checks the files that it downloads)."
         )
     if definition.top == "original" and architecture.name not in ORIGINAL_HEADS and not architecture.classic:
         raise ConfigError(

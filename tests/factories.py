@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -15,12 +16,14 @@ LABELS = ("legitimate", "phishing")
 SIDE_PX = 32
 
 
-def publish_small_artifact(models_uri: str, name: str = "small", seed: int = 0) -> Artifact:
+def publish_small_artifact(
+    models_uri: str, name: str = "small", seed: int = 0, augmentation: Literal["none", "screenshot"] = "none"
+) -> Artifact:
     """A published `simple_cnn` of 32 px with random weights: quick to make; its scores differ from image to image."""
     from cnn_ray.export import publish_artifact
     from cnn_ray.model import build_classifier
 
-    definition = ModelDefinition(architecture="simple_cnn", input_size_px=SIDE_PX)
+    definition = ModelDefinition(architecture="simple_cnn", input_size_px=SIDE_PX, augmentation=augmentation)
     model = build_classifier(definition, len(LABELS), seed=seed)
     pixels = np.random.default_rng(seed).integers(0, 256, (16, SIDE_PX, SIDE_PX, 3), dtype=np.uint8)
     return publish_artifact(

@@ -23,6 +23,7 @@ from cnn_ray.artifact import (
 from cnn_ray.config import ModelDefinition
 from cnn_ray.errors import ArtifactError, ConfigError
 from cnn_ray.export import compare_scores
+from cnn_ray.model import build_classifier
 from cnn_ray.predictor import choose_engine, load_predictor, rebuild_model
 
 
@@ -164,6 +165,20 @@ def test_engines_agree_with_keras(small_artifact):
         loaded = load_predictor(small_artifact, engine=engine, precision="f32")
         assert np.abs(loaded.predict(batch) - reference).max() <= 1e-4
         assert (loaded.engine, loaded.precision) == (engine, "f32")
+
+
+def test_augmentation_stays_out_of_what_is_published(tmp_path):
+    artifact = publish_small_artifact(str(tmp_path), augmentation="screenshot")
+    graph = (Path(artifact.uri) / "saved_model.pb").read_bytes()
+    assert b"Softmax" in graph, "operations have readable names there"
+    for operation in (b"EncodeJpeg", b"ImageProjectiveTransform", b"StatelessRandomUniform"):
+        assert operation not in graph
+    batch = pixels(9)
+    plain = build_classifier(ModelDefinition(architecture="simple_cnn", input_size_px=SIDE_PX), len(LABELS))
+    reference = np.asarray(plain(batch, training=False))
+    for engine in ("openvino", "tensorflow"):
+        scores = load_predictor(artifact, engine=engine, precision="f32").predict(batch)
+        assert np.abs(scores - reference).max() <= 1e-4, engine
 
 
 def test_rows_do_not_depend_on_the_batch_or_on_other_callers(small_artifact):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cnn_ray import classic_nets
 from cnn_ray.architectures import expected_range, find_architecture
 from cnn_ray.config import ModelDefinition
 from cnn_ray.errors import ConfigError
@@ -36,6 +37,44 @@ def test_the_resnet50_transfer_head_has_the_true_counts():
     freeze_backbone(model)
     trainable = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
     assert (trainable, model.count_params() - trainable) == (263_562, 23_587_712)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet50", "efficientnetb0"])
+def test_the_tutorials_large_nets_answer_at_32_px(name):
+    model = build_classifier(ModelDefinition(architecture=name, input_size_px=32), 10)
+    scores = np.asarray(model(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)))
+    np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
+    whole = len(model.trainable_weights)
+    freeze_backbone(model)
+    assert len(model.trainable_weights) == 2
+    unfreeze_backbone(model)
+    assert 2 < len(model.trainable_weights) <= whole
+
+
+@pytest.mark.parametrize("name", ["simple_cnn", "augmented_cnn", "lenet5", "alexnet"])
+def test_the_smallest_size_is_the_smallest_that_can_be_built(name):
+    smallest = find_architecture(name).smallest_size_px
+    build_classifier(ModelDefinition(architecture=name, input_size_px=smallest), 3)
+    with pytest.raises(ConfigError, match=f"Received: {smallest - 1} px"):
+        build_classifier(ModelDefinition(architecture=name, input_size_px=smallest - 1), 3)
+
+
+def test_alexnet_has_the_papers_stem_from_128_px_on():
+    stems = {
+        side: build_classifier(ModelDefinition(architecture="alexnet", input_size_px=side), 10)
+        .get_layer("backbone")
+        .layers[1]
+        for side in (32, 128)
+    }
+    assert (stems[32].kernel_size, stems[32].strides) == ((5, 5), (1, 1))
+    assert (stems[128].kernel_size, stems[128].strides) == ((11, 11), (4, 4))
+
+
+def test_small_resnet_stays_within_300k_parameters_and_can_be_widened(monkeypatch):
+    assert build_classifier(ModelDefinition(architecture="small_resnet"), 10).count_params() <= 300_000
+    monkeypatch.setattr(classic_nets, "SMALL_RESNET_WIDTHS", (8, 16, 32))
+    monkeypatch.setattr(classic_nets, "SMALL_RESNET_BLOCKS", 1)
+    assert build_classifier(ModelDefinition(architecture="small_resnet"), 10).count_params() < 30_000
 
 
 @pytest.mark.parametrize("name", ["lenet5", "alexnet", "augmented_cnn", "small_resnet"])

@@ -1,5 +1,8 @@
 """Augmentation: what may change, what never may, and that nothing of it is left in inference."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -65,6 +68,76 @@ def test_the_seed_decides_and_the_generators_go_on():
     np.testing.assert_array_equal(augmented("screenshot", images, 3), augmented("screenshot", images, 3))
     assert not np.array_equal(augmented("screenshot", images, 3), augmented("screenshot", images, 4))
     assert not np.array_equal(augmented("screenshot", images, 3), augmented("screenshot", images, 3, times=2))
+
+
+def test_pale_text_on_white_is_never_lost():
+    page = np.full((32, 40, 40, 3), 255, np.uint8)
+    page[:, 10:30, 10:30] = 225
+    tones = np.asarray(augmentation_layers("screenshot", 0)[2](page.astype(np.float32), training=True))
+    between = tones[:, 0, 0, 0] - tones[:, 20, 20, 0]
+    assert tones.max() <= 255
+    assert between.min() > 20, "of 30 grey values"
+    assert tones[:, 0, 0, 0].std() > 5, "the white of a page varies"
+
+
+def test_a_crop_can_lie_anywhere_and_shows_at_least_three_quarters_of_a_side():
+    """A ramp from 0 to 200 from left to right tells by its ends which part of the page is shown."""
+    ramp = np.tile(np.linspace(0, 200, 101, dtype=np.float32)[None, None, :, None], (200, 101, 1, 3))
+    shown = np.asarray(augmentation_layers("screenshot", 0)[1](ramp, training=True))
+    left, right = shown[:, 50, 0, 0], shown[:, 50, -1, 0]
+    assert left.max() > 30, "cut off at the left"
+    assert right.min() < 170, "cut off at the right"
+    assert (right - left).min() > 0.72 * 200
+    assert (np.abs(shown - shown[:, :1]) < 0.01).all(), "columns stay upright"
+
+
+def test_a_resumed_training_draws_on_where_the_checkpoint_was(tmp_path):
+    from cnn_ray.train_state import Position, restore_model, save_state
+
+    def build():
+        model = build_classifier(ModelDefinition(architecture="lenet5", augmentation="screenshot", dropout=0.3), 3)
+        optimizer = keras.optimizers.SGD()
+        optimizer.build(model.trainable_variables)
+        return model, optimizer
+
+    pixels = wedge(4)[:, :32, :32]
+    (model, optimizer), (resumed, other_optimizer) = build(), build()
+    model(pixels, training=True)
+    save_state(tmp_path, model, optimizer, Position(), [])
+    expected = np.asarray(model(pixels, training=True))
+    assert not np.array_equal(np.asarray(resumed(pixels, training=True)), expected)
+    restore_model(tmp_path, resumed, other_optimizer)
+    np.testing.assert_array_equal(np.asarray(resumed(pixels, training=True)), expected)
+
+
+REPLICAS = """
+import numpy as np, tensorflow as tf
+from cnn_ray.augmentation import augmentation_layers
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+with strategy.scope():
+    layers = augmentation_layers("screenshot", 0)
+images = tf.constant(np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), np.uint8))
+
+@tf.function
+def step():
+    def change(pixels):
+        for layer in layers:
+            pixels = layer(pixels, training=True)
+        return pixels
+    return strategy.run(change, args=(images,))
+
+first, second = (strategy.experimental_local_results(step()) for _ in range(2))
+states = [strategy.experimental_local_results(layer.generator.state.value) for layer in layers[1:]]
+print(np.array_equal(*first), np.array_equal(first[0], second[0]), all(np.array_equal(*state) for state in states))
+"""
+
+
+def test_replicas_of_a_strategy_draw_apart_and_keep_one_state():
+    """In a process of its own: logical devices must be set before TensorFlow has started."""
+    done = subprocess.run([sys.executable, "-c", REPLICAS], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "False", "True"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kind", ["photo", "screenshot"])
