@@ -32,16 +32,18 @@ def evaluate(config_file: str | None, print_config: bool, dry_run: bool, **flags
 @click.command()
 @click.option("--config", "config_file", metavar="FILE.yaml", required=True, help="The comparison.")
 @click.option("--output-uri", metavar="TEXT", help="Folder or s3:// prefix for the table and the page.")
+@click.option("--data-uri", metavar="TEXT", help="The labelled images, in place of base.data.uri.")
 @click.option("--seeds", metavar="A,B,...", help="One training per variant and seed.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, change nothing.")
-def compare(config_file: str, print_config: bool, dry_run: bool, **flags: Any) -> None:
+def compare(config_file: str, print_config: bool, dry_run: bool, data_uri: str | None, **flags: Any) -> int | None:
     """Train several configurations on one split and list of seeds, and write them side by side.
 
     Run the same command again after anything: finished trainings are kept.
     """
     seeds = flags.pop("seeds")
-    config = config_from_flags(CompareConfig, config_file, flags | {"seeds": seeds and seeds.split(",")})
+    given = flags | {"seeds": seeds and seeds.split(","), "base__data__uri": data_uri}
+    config = config_from_flags(CompareConfig, config_file, given)
     if print_config:
         return show_config(config)
     from cnn_ray import compare as job

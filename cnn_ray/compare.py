@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,6 +38,7 @@ TOP = (1, 3, 5)
 
 
 OnTraining = Callable[["Training | Failure | str"], None]
+Side = Literal["test", "validation"]
 Train = Callable[[TrainConfig], TrainResult]
 
 
@@ -86,9 +87,9 @@ def dry_run(config: CompareConfig) -> str:
     return f"Would train {', '.join(config.variants)} with {len(config.seeds)} seeds ({count} trainings), on {split}."
 
 
-def _shared_split(config: CompareConfig) -> tuple[str, str]:
+def _shared_split(config: CompareConfig) -> tuple[str, Side]:
     """(digest of the images, labels and split, the side that is judged): all variants must share them."""
-    sets: dict[DataConfig, tuple[str, str]] = {}
+    sets: dict[DataConfig, tuple[str, Side]] = {}
     for variant in config.variants:
         data = config.training(variant, config.seeds[0]).data
         if data not in sets:
@@ -111,7 +112,7 @@ def _one(
     variant: str,
     seed: int,
     digest: str,
-    split: str,
+    split: Side,
     store: Any,
     on_training: OnTraining,
     train: Train,
@@ -135,7 +136,7 @@ def _one(
     return measured
 
 
-def _measure(training: TrainConfig, variant: str, seed: int, reference: str, split: str) -> Training:
+def _measure(training: TrainConfig, variant: str, seed: int, reference: str, split: Side) -> Training:
     artifact = load_artifact(training.models_uri, reference)
     judged = LabelledScoresConfig(
         model=reference, models_uri=training.models_uri, data=training.data, split=split, precision="f32"
@@ -148,9 +149,7 @@ def _measure(training: TrainConfig, variant: str, seed: int, reference: str, spl
         reference=reference,
         split=split,
         images=len(scored.truth),
-        top_k={
-            str(k): topk_accuracy(scored.scores, scored.truth, k) for k in TOP if k < len(artifact.labels) or k == 1
-        },
+        top_k={str(k): topk_accuracy(scored.scores, scored.truth, k) for k in TOP if k < len(artifact.labels)},
         log_loss=log_loss(scored.scores, scored.truth),
         train_s=round(sum(epoch["duration_s"] for epoch in told["history"]), 1),
         parameters=told["parameters"],
