@@ -73,11 +73,13 @@ def test_the_seed_decides_and_the_generators_go_on():
 def test_pale_text_on_white_is_never_lost():
     page = np.full((32, 40, 40, 3), 255, np.uint8)
     page[:, 10:30, 10:30] = 225
+    page[:, 39, 39] = 0
     tones = np.asarray(augmentation_layers("screenshot", 0)[2](page.astype(np.float32), training=True))
     between = tones[:, 0, 0, 0] - tones[:, 20, 20, 0]
     assert tones.max() <= 255
     assert between.min() > 20, "of 30 grey values"
     assert tones[:, 0, 0, 0].std() > 5, "the white of a page varies"
+    assert tones[:, 39, 39, 0].std() > 5, "and its black"
 
 
 def test_a_crop_can_lie_anywhere_and_shows_at_least_three_quarters_of_a_side():
@@ -105,7 +107,8 @@ def test_a_resumed_training_draws_on_where_the_checkpoint_was(tmp_path):
     model(pixels, training=True)
     save_state(tmp_path, model, optimizer, Position(), [])
     expected = np.asarray(model(pixels, training=True))
-    assert not np.array_equal(np.asarray(resumed(pixels, training=True)), expected)
+    drawn = [np.asarray(resumed(pixels, training=True)) for _ in range(3)]
+    assert not np.array_equal(drawn[-1], expected), "it is elsewhere in its draws now"
     restore_model(tmp_path, resumed, other_optimizer)
     np.testing.assert_array_equal(np.asarray(resumed(pixels, training=True)), expected)
 
