@@ -260,7 +260,7 @@ def _enlarged(config: TrainConfig, sizes_px: Sequence[tuple[int, int]]) -> list[
 
 
 def _constant(pixels: np.ndarray) -> list[Finding]:
-    if len(pixels) == 0:
+    if len(pixels) == 0 or 0 < int(pixels.max()) <= 1:  # the latter is a mistake of its own
         return []
     blank = pixels.reshape(len(pixels), -1).std(axis=1) < CONSTANT_STD
     equal = len(pixels) > 1 and bool((pixels == pixels[0]).all())
