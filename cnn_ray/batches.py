@@ -77,7 +77,8 @@ class DecodedPixels:
         self._shape = (*size_px, 3)
         self._read = image_reader(root_uri, size_px)
         self._failures: dict[int, RowFailure] = {}
-        self._seen = 0
+        self._unseen = set(range(len(uris)))
+        self._reported = False
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads or decode_threads(root_uri), "cnn_ray-decode")
         kept = min(len(uris), cache_bytes // int(np.prod(self._shape)))
@@ -93,32 +94,49 @@ class DecodedPixels:
     def _fill(self, start: int, end: int) -> None:
         for k in range(start, end):
             self._decode(k, self._kept[k])
-        with self._lock:
-            self._seen += end - start
 
     def _decode(self, row: int, out: np.ndarray) -> None:
         image = self._read(self._uris[row])
-        if isinstance(image, RowFailure):
-            with self._lock:
-                self._failures.setdefault(row, image)
-        else:
+        if not isinstance(image, RowFailure):
             out[:] = image.pixels
+        with self._lock:
+            self._unseen.discard(row)
+            if isinstance(image, RowFailure):
+                self._failures.setdefault(row, image)
 
     def wait(self) -> None:
-        """Afterwards everything that is kept is decoded, and unreadable images among them were reported.
+        """Afterwards everything that is kept is decoded.
 
         Raises:
-            DataError: more than half of them are unreadable.
+            DataError: more than half of all images are unreadable.
             StorageError: storage is down or the credentials are wrong.
         """
         for future in self._filling:
             future.result()
-        if self._filling:
-            self._filling = []
-            report_unreadable(self._uris, self._failures, self._seen)
+        self._filling = []
+        self._report()
+
+    def _report(self) -> None:
+        """Judges the whole set, so that the answer does not depend on how much of it fits into memory."""
+        with self._lock:
+            failures = dict(self._failures)
+            done = self._reported or bool(self._unseen)
+            self._reported |= not done
+        if len(failures) > MAX_UNREADABLE_RATE * len(self._uris):
+            raise DataError(
+                f"Expected readable images. Received: {_unreadable(self._uris, failures)}. "
+                "Next: check data.uri and data.uri_column."
+            )
+        if failures and not done:
+            log.warning("left out: %s", _unreadable(self._uris, failures))
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows' pixels, zeros where they cannot be read."""
+        """The rows' pixels, zeros where they cannot be read; the last image that is seen brings the report of all.
+
+        Raises:
+            DataError: more than half of all images are unreadable.
+            StorageError: storage is down or the credentials are wrong.
+        """
         self.wait()
         pixels = np.zeros((len(rows), *self._shape), np.uint8)
         held = rows < len(self._kept)
@@ -126,6 +144,8 @@ class DecodedPixels:
         jobs = [self._pool.submit(self._decode, int(rows[k]), pixels[k]) for k in np.flatnonzero(~held)]
         for job in jobs:
             job.result()
+        if jobs:
+            self._report()
         return pixels, np.array([int(row) not in self._failures for row in rows], bool)
 
     def close(self) -> None:
@@ -133,23 +153,15 @@ class DecodedPixels:
         self._pool.shutdown(cancel_futures=True)
 
 
-def report_unreadable(uris: list[str], failures: dict[int, RowFailure], seen: int) -> None:
-    """A warning with the number of unreadable images by code and the first of them.
-
-    Raises:
-        DataError: they are more than half of those seen.
-    """
-    if not failures:
-        return
+def _unreadable(uris: list[str], failures: dict[int, RowFailure]) -> str:
+    """Their number by code, and the first of them."""
     by_code = Counter(failure.code for failure in failures.values())
     codes = ", ".join(f"{code} {count}" for code, count in sorted(by_code.items()))
     first = min(failures)
-    if len(failures) > MAX_UNREADABLE_RATE * seen:
-        raise DataError(
-            f"Expected readable images. Received: {len(failures)} of {seen} unreadable ({codes}); the first is "
-            f"{uris[first]} ({failures[first].detail}). Next: check data.uri and data.uri_column."
-        )
-    log.warning("%d of %d images are unreadable and left out (%s); first %s", len(failures), seen, codes, uris[first])
+    return (
+        f"{len(failures)} of {len(uris)} images unreadable ({codes}); the first is {uris[first]} "
+        f"({failures[first].detail})"
+    )
 
 
 @dataclass
