@@ -161,9 +161,11 @@ class ModelDefinition(Config):
     top: Literal["pooled", "original"] = "pooled"
     """pooled: average pooling and one output layer. original: the layers that the paper has (VGG16: 4096, 4096)."""
     hidden_units: Annotated[int, Field(ge=0)] = 0
-    """Width of a Dense layer between pooling and output; 0 means none. simple_cnn has its own of 64."""
+    """Width of a Dense layer between pooling and output; 0 means none. Where the paper has dense layers (simple_cnn 64,
+    augmented_cnn 128, lenet5 120 and 84, alexnet and the original top of VGG 4096 twice), 0 leaves them."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of features dropped before the output layer while training."""
+    """Share of features dropped after each dense layer, or before the output layer, while training. 0 leaves what the
+    paper has: 0.5 for augmented_cnn, alexnet and the original top of VGG."""
     augmentation: Literal["none", "photo", "screenshot"] = "none"
     """photo: flip, rotation, zoom, contrast. screenshot: crop and rescale, page zoom, small translations, brightness,
     contrast, JPEG recompression; never flips or rotations. Inside the model, active only in training."""

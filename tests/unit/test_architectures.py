@@ -9,7 +9,7 @@ from cnn_ray.config import ModelDefinition
 from cnn_ray.errors import ConfigError
 from cnn_ray.model import build_classifier, check_definition, freeze_backbone, unfreeze_backbone
 
-pytest.importorskip("keras")
+keras = pytest.importorskip("keras")
 
 COUNTS = [
     ("simple_cnn", 32, "pooled", 10, 122_570),
@@ -24,8 +24,14 @@ COUNTS = [
 ]
 
 
+def zeros(_self, shape, dtype=None):
+    return keras.ops.zeros(shape, dtype or "float32")
+
+
 @pytest.mark.parametrize(("name", "side", "top", "classes", "count"), COUNTS, ids=[c[0] for c in COUNTS])
-def test_parameters_are_those_of_the_paper(name, side, top, classes, count):
+def test_parameters_are_those_of_the_paper(monkeypatch, name, side, top, classes, count):
+    """Zeros instead of random start weights: VGG16 takes 0.8 s and 1.5 GiB in place of 3 to 13 s and 2.6 GiB."""
+    monkeypatch.setattr(keras.initializers.GlorotUniform, "__call__", zeros)
     assert find_architecture(name).default_size_px == side
     definition = ModelDefinition(architecture=name, top=top)
     assert build_classifier(definition, classes).count_params() == count
