@@ -89,7 +89,7 @@ def build_classifier(
 
     pixels = keras.Input((side, side, 3), dtype="uint8", name="pixels")
     features = pixels
-    for layer in augmentation_layers(definition.augmentation, seed):
+    for layer in augmentation_layers(definition.augmentation, seed, definition.augmentation_strength):
         features = layer(features)
     features = preprocess_pixels(features, used_preprocessing(definition))
     features = _head(backbone(features), definition, architecture, seed)

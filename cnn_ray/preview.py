@@ -37,7 +37,7 @@ def draw_augmentation(config: TrainConfig, path: str) -> str:
     images = sample_images(read_labelled_set(config.data), "train", IMAGES, input_size_px(config.model))
     if not images:
         raise DataError(f"Expected readable images. Received: none in {config.data.uri}. Next: check data.uri.")
-    layers = augmentation_layers(config.model.augmentation, config.seed)
+    layers = augmentation_layers(config.model.augmentation, config.seed, config.model.augmentation_strength)
     rows: list[np.ndarray] = []
     for image in images:
         batch = np.repeat(image.pixels[None], EXAMPLES, axis=0)
