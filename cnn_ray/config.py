@@ -167,8 +167,8 @@ class ModelDefinition(Config):
     """Share of features dropped after each dense layer, or before the output layer, while training. 0 leaves what the
     paper has: 0.5 for augmented_cnn, alexnet and the original top of VGG."""
     augmentation: Literal["none", "photo", "screenshot"] = "none"
-    """photo: flip, rotation, zoom, shift, contrast. screenshot: crop and rescale, page zoom, small translations, brightness,
-    contrast, JPEG recompression; never flips or rotations. Inside the model, active only in training."""
+    """photo: flip, rotation, zoom, shift, contrast. screenshot: crop and rescale, page zoom, small translations,
+    brightness, contrast, JPEG recompression; never flips or rotations. Inside the model, active only in training."""
     augmentation_strength: Annotated[float, Field(gt=0, le=2)] = 1.0
     """Factor on the ranges of photo; 1.5 served small sets of large images best."""
 
