@@ -100,12 +100,14 @@ def _counts(labelled: LabelledSet, split: str) -> np.ndarray:
 
 
 def _few_per_class(labelled: LabelledSet) -> list[Finding]:
+    """One finding at most: of the two sides the one that is worse off."""
+    found: list[Finding] = []
     for split, least in (("train", LEAST_IN_TRAIN), ("validation", LEAST_IN_VALIDATION)):
         counts = _counts(labelled, split)
         few = np.flatnonzero(counts < least)
         if len(few):
             k = int(few[np.argmin(counts[few])])
-            return [
+            found.append(
                 Finding(
                     "too_few_per_class",
                     "error" if counts[k] < LEAST_OF_ALL else "warning",
@@ -114,8 +116,8 @@ def _few_per_class(labelled: LabelledSet) -> list[Finding]:
                     "Nothing can be learnt or measured on so few: one image more or less is a different result",
                     "add images of these classes, or leave them out with data.labels",
                 )
-            ]
-    return []
+            )
+    return sorted(found, key=lambda finding: finding.severity != "error")[:1]
 
 
 def _imbalance(config: TrainConfig, labelled: LabelledSet) -> list[Finding]:
@@ -137,9 +139,10 @@ def _imbalance(config: TrainConfig, labelled: LabelledSet) -> list[Finding]:
 
 
 def _leakage(labelled: LabelledSet) -> list[Finding]:
-    twins, found = labelled.twins, []
+    found = _shared_groups(labelled)
+    twins = labelled.twins
     if twins is None:
-        return []
+        return found
     in_train = np.zeros(len(twins), bool)
     in_train[np.unique(twins[labelled.rows("train")])] = True
     for split in ("validation", "test"):
@@ -159,6 +162,25 @@ def _leakage(labelled: LabelledSet) -> list[Finding]:
                 )
             )
     return found + _contradicting_twins(labelled, twins)
+
+
+def _shared_groups(labelled: LabelledSet) -> list[Finding]:
+    if labelled.groups is None:
+        return []
+    names = np.asarray(labelled.groups)
+    train, others = set(names[labelled.splits == 0].tolist()), set(names[labelled.splits != 0].tolist())
+    shared = sorted(train & others)
+    if not shared:
+        return []
+    return [
+        Finding(
+            "label_leakage",
+            "error",
+            f"{len(shared)} of {len(train | others)} groups stand in train and on another side, for instance {shared[0]}",
+            "A model that recognises the group knows the answer without looking at what was asked",
+            "leave data.split_column out to have a split drawn, or correct the split",
+        )
+    ]
 
 
 def _contradicting_twins(labelled: LabelledSet, twins: np.ndarray) -> list[Finding]:
