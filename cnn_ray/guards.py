@@ -176,7 +176,8 @@ def _shared_groups(labelled: LabelledSet) -> list[Finding]:
         Finding(
             "label_leakage",
             "error",
-            f"{len(shared)} of {len(train | others)} groups stand in train and on another side, for instance {shared[0]}",
+            f"{len(shared)} of {len(train | others)} groups stand in train and on another side, "
+            f"for instance {shared[0]}",
             "A model that recognises the group knows the answer without looking at what was asked",
             "leave data.split_column out to have a split drawn, or correct the split",
         )
