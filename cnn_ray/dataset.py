@@ -110,7 +110,8 @@ def read_labelled_set(config: DataConfig, *, split: bool = True) -> LabelledSet:
 
 
 def look_for_twins(root_uri: str, uris: Sequence[str]) -> np.ndarray:
-    """int64 [N]: images that look alike share a number (`near_duplicates.find_twins`); about 0.5 ms of CPU an image.
+    """int64 [N]: images that look alike share a number (`near_duplicates.find_twins`); 0.4 ms of CPU for
+    a CIFAR image, 2 ms for a screenshot.
 
     Raises:
         StorageError: storage is down or the credentials are wrong.

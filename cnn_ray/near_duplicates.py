@@ -25,7 +25,7 @@ FLAT_RANGE = 8
 HASH_SIDE_PX = 32
 LOW_FREQUENCIES = 8
 MOST_COMPARED = 4096
-"""Images with equal bands compared at a time: a bucket beyond is walked in windows of this many, by hash."""
+"""Images compared with as many others at a time: bounds memory where many agree in a band."""
 
 
 @dataclass(frozen=True)
@@ -85,30 +85,40 @@ def find_twins(prints: Prints) -> np.ndarray:
 
 def _candidates(prints: Prints) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pairs of rows that look alike, each pair at least once."""
-    rows = np.flatnonzero(prints.readable)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    everything = np.flatnonzero(prints.readable)
+    rows, first = _different(prints, everything)
+    found = [(everything[first != everything], first[first != everything])]
     edges = np.linspace(0, 64, MAX_DISTANCE + 2).astype(int)
     for start, end in itertools.pairwise(edges):
         band = (prints.hashes[rows] >> np.uint64(start)) & np.uint64((1 << int(end - start)) - 1)
         order = np.lexsort((prints.hashes[rows], band))
         ends = np.flatnonzero(np.diff(band[order])) + 1
         for bucket in np.split(rows[order], ends):
-            for k in range(0, max(len(bucket) - 1, 0), MOST_COMPARED):
-                found += _alike(prints, bucket[k : k + MOST_COMPARED + 1])
+            if len(bucket) < 2:
+                continue
+            blocks = [bucket[k : k + MOST_COMPARED] for k in range(0, len(bucket), MOST_COMPARED)]
+            for left, right in itertools.combinations_with_replacement(blocks, 2):
+                found += _alike(prints, left, right)
     return found
 
 
-def _alike(prints: Prints, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    if len(rows) < 2:
-        return []
-    hashes = prints.hashes[rows]
-    near = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= MAX_DISTANCE
-    a, b = np.nonzero(np.triu(near, 1))
+def _different(prints: Prints, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the rows without those whose print was there before, and for each row the first with its print)."""
+    hashes = np.ascontiguousarray(prints.hashes[rows]).view(np.uint8).reshape(len(rows), 8)
+    whole = np.hstack([hashes, prints.thumbnails[rows].reshape(len(rows), 16 * 16 * 3)])
+    _, first, inverse = np.unique(whole.view(f"V{whole.shape[1]}").ravel(), return_index=True, return_inverse=True)
+    return rows[np.sort(first)], rows[first[inverse]]
+
+
+def _alike(prints: Prints, left: np.ndarray, right: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of a row of `left` with one of `right` that look alike."""
+    near = np.bitwise_count(prints.hashes[left][:, None] ^ prints.hashes[right][None]) <= MAX_DISTANCE
+    a, b = np.nonzero(np.triu(near, 1) if left is right else near)
     if len(a) == 0:
         return []
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     for k in range(0, len(a), 65_536):
-        i, j = rows[a[k : k + 65_536]], rows[b[k : k + 65_536]]
+        i, j = left[a[k : k + 65_536]], right[b[k : k + 65_536]]
         first, second = (prints.thumbnails[side].astype(np.int16).reshape(len(i), -1) for side in (i, j))
         gap = np.abs(first - second)
         flat = np.ptp(first, axis=1) < FLAT_RANGE

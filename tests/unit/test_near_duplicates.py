@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cnn_ray import near_duplicates
 from cnn_ray.config import DataConfig
 from cnn_ray.dataset import look_for_twins, read_labelled_set
 from cnn_ray.drawing import draw_screenshot
@@ -68,6 +69,20 @@ def test_all_pairs_within_the_distance_are_found_and_no_others(distance):
     twins = find_twins(Prints(hashes, thumbnails, np.ones(400, bool)))
     expected = np.arange(400) // 2 * 2 if distance <= MAX_DISTANCE else np.arange(400)
     np.testing.assert_array_equal(twins, expected)
+
+
+def test_many_equal_images_and_full_buckets_lose_no_twin(monkeypatch):
+    """All agree in six bands; each pair of two is one bit apart and far apart in the list."""
+    monkeypatch.setattr(near_duplicates, "MOST_COMPARED", 16)
+    thumbnails = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), np.uint8)
+    hashes = np.zeros(100, np.uint64)
+    hashes[50:] = 1
+    twins = find_twins(Prints(hashes, np.concatenate([thumbnails, thumbnails]), np.ones(100, bool)))
+    np.testing.assert_array_equal(twins, np.arange(100) % 50)
+    blank = np.repeat(np.array([200, 201], np.uint8), 3000)[np.arange(6000) * 7 % 6000]
+    pixels = np.broadcast_to(blank[:, None, None, None], (6000, 16, 16, 3))
+    twins = find_twins(Prints(np.zeros(6000, np.uint64), pixels, np.ones(6000, bool)))
+    assert len(set(twins.tolist())) == 2
 
 
 def test_the_hash_does_not_see_brightness():
