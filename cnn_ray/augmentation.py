@@ -87,9 +87,7 @@ def shift_tones(images: Any, draw: Draw) -> Any:
 
     Nothing is clipped, as adding brightness does: the pale texts of a form would be lost on its white.
     """
-    import keras
-
-    black, white = (keras.ops.reshape(draw(*tone), (-1, 1, 1, 1)) for tone in (BLACK, WHITE))
+    black, white = draw(*BLACK)[:, None, None, None], draw(*WHITE)[:, None, None, None]
     return images * ((white - black) / 255.0) + black
 
 
@@ -127,9 +125,7 @@ def _random_layer(name: str, change: Callable[[Any, Draw], Any], seed: int) -> A
             replica = tf.distribute.get_replica_context()
             number = replica.replica_id_in_sync_group if replica else 0
             state = tf.cast(self.generator.next(), tf.int32)
-            return tf.random.stateless_uniform(
-                shape, tf.random.experimental.stateless_fold_in(state, number), low, high
-            )
+            return tf.random.stateless_uniform(shape, tf.random.fold_in(state, tf.convert_to_tensor(number)), low, high)
 
         def compute_output_shape(self, input_shape: Any) -> Any:
             return input_shape

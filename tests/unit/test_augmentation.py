@@ -162,3 +162,17 @@ def test_inference_is_untouched_and_training_works_in_a_graph_with_mixed_precisi
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(other(pixels, training=True)[:, 0])
     assert all(g is not None for g in tape.gradient(loss, other.trainable_variables))
+
+
+def test_a_stronger_photo_augmentation_changes_more():
+    images = np.random.default_rng(0).integers(0, 256, (16, 40, 40, 3), np.uint8)
+    images = np.repeat(np.repeat(images[:, ::8, ::8], 8, axis=1), 8, axis=2)
+
+    def change(strength: float) -> float:
+        result = images.astype(np.float32)
+        layers = [layer for layer in augmentation_layers("photo", 0, strength) if layer.name != "augment_flip"]
+        for layer in layers:
+            result = layer(result, training=True)
+        return float(np.abs(np.asarray(result) - images).mean())
+
+    assert change(0.2) < change(1.0) < change(2.0)
