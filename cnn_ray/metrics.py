@@ -96,10 +96,10 @@ class Resamples:
     def __init__(self, count: int, groups: Sequence[str] | None, samples: int, seed: int) -> None:
         """Nothing is drawn before it is iterated: a thousand samples of a million rows would not fit into memory."""
         self.count, self.samples, self._seed = count, samples, seed
-        self._units, self._ids = count, np.arange(count)
+        self.units, self._ids = count, np.arange(count)
         if groups is not None:
             names, self._ids = np.unique(np.asarray(groups), return_inverse=True)
-            self._units = len(names)
+            self.units = len(names)
 
     def __len__(self) -> int:
         return self.samples
@@ -107,18 +107,21 @@ class Resamples:
     def __iter__(self) -> Iterator[np.ndarray]:
         rng = np.random.default_rng(self._seed)
         for _ in range(self.samples):
-            drawn = np.bincount(rng.integers(0, self._units, self._units), minlength=self._units)
+            drawn = np.bincount(rng.integers(0, self.units, self.units), minlength=self.units)
             yield drawn[self._ids].astype(np.float64)
 
 
 def estimate(measure: Callable[[np.ndarray], float | None], resamples: Resamples, confidence: float) -> Estimate:
     """The measure over all rows with its percentile interval; `measure` takes row weights float64 [N].
 
-    Resamples in which it cannot be computed are left out; below half of them there is no interval.
+    Resamples in which it cannot be computed are left out; below half of them there is no interval, nor where all rows
+    are of one group: every resample is then the same, which would look like certainty.
     """
     value = measure(np.ones(resamples.count))
     if value is None:
         return Estimate(None)
+    if resamples.units < 2:
+        return Estimate(value)
     drawn = [v for v in map(measure, resamples) if v is not None]
     if len(drawn) < len(resamples) / 2:
         return Estimate(value)

@@ -77,12 +77,13 @@ def chart(title: str, series: Sequence[Series], x: Axis, y: Axis, *, diagonal: b
         drawn.append(f'<line class="threshold" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
     for number, one in enumerate(series):
         colour = f"series-{number % COLOURS}"
-        places = [at(point) for point in one.points if all(map(math.isfinite, point))]
+        finite = [k for k, point in enumerate(one.points) if all(map(math.isfinite, point))]
+        places = [at(one.points[k]) for k in finite]
         if one.kind == "line":
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
             drawn.append(f'<polyline class="series {colour}" points="{path}"/>')
             continue
-        for k, (a, b) in enumerate(places):
+        for k, (a, b) in zip(finite, places, strict=True):
             drawn.append(f'<circle class="dot {colour}" cx="{a:.1f}" cy="{b:.1f}" r="4"/>')
             if k < len(one.labels):
                 anchor = "end" if a > (LEFT + RIGHT) * 0.6 else "start"

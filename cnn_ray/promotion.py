@@ -47,7 +47,12 @@ class Verdict:
         if self.champion == self.reference:
             return f"{self.alias} already means {self.reference}."
         gap = self.difference
-        between = "" if gap.low is None else f" ({gap.low:+.4f} to {gap.high:+.4f})"
+        if gap.low is None:
+            return (
+                f"{self.metric} of {self.reference} minus that of {self.champion} is {gap.value:+.4f} on "
+                f"{self.images:,} images, too few or of too few groups to tell it from noise."
+            )
+        between = f" ({gap.low:+.4f} to {gap.high:+.4f})"
         return (
             f"{self.metric} of {self.reference} minus that of {self.champion} is {gap.value:+.4f}{between} on "
             f"{self.images:,} images: {'worse beyond noise' if self.worse else 'not worse beyond noise'}."
@@ -58,10 +63,10 @@ def judge(config: PromoteConfig) -> Verdict:
     """The candidate against the version that the alias means now, on the same images with a paired bootstrap.
 
     Each resample draws the same images (whole groups, where there are any) for both. Worse beyond noise means that the
-    whole interval of the difference is below zero.
+    whole interval of the difference is below zero. Where no interval can be had, any worse figure counts as worse.
 
     Raises:
-        ArtifactError: no such version, or the two have other labels.
+        ArtifactError: no such version, or the two have other labels or another positive label.
         ConfigError: the metric needs a positive label, or the images cannot tell (one class only).
         DataError: as `score_labelled`.
     """
@@ -76,6 +81,11 @@ def judge(config: PromoteConfig) -> Verdict:
             raise ArtifactError(
                 f"Expected {candidate.reference} to have the labels of {champion.reference}: "
                 f"{', '.join(champion.labels)}. Received: {', '.join(candidate.labels)}. Next: use another alias."
+            )
+        if metric != "accuracy" and champion.positive_label != candidate.positive_label:
+            raise ArtifactError(
+                f"Expected {candidate.reference} to have the positive label of {champion.reference}: "
+                f"{champion.positive_label}. Received: {candidate.positive_label}. Next: --metric accuracy."
             )
         old = new if version == candidate.version else score_labelled(config, champion)
     measure_new = _measure(config, metric, new)
@@ -105,7 +115,7 @@ def judge(config: PromoteConfig) -> Verdict:
         candidate_value=value,
         champion_value=other,
         difference=gap,
-        worse=gap.high is not None and gap.high < 0,
+        worse=gap.value is not None and (gap.value if gap.high is None else gap.high) < 0,
         images=len(new.truth),
         data_uri=config.data.uri,
         data_digest=new.data_digest,

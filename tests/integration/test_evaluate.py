@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -298,3 +299,29 @@ def test_versions_with_other_labels_are_not_compared(models, data, tmp_path, mon
 def test_force_needs_a_reason(models, data, tmp_path):
     with pytest.raises(ValueError, match="Expected --reason"):
         judged(PromoteConfig, models, data, tmp_path, force=True, reason="  ")
+
+
+def test_versions_with_another_positive_label_are_compared_by_accuracy_alone(models, data, tmp_path):
+    own = str(tmp_path / "models")
+    shutil.copytree(models, own)
+    set_alias(own, "red", "champion", 2)
+    described = Path(own, "red", "2", "artifact.json")
+    found = json.loads(described.read_text())
+    described.write_text(json.dumps(found | {"positive_label": "legitimate"}))
+    with pytest.raises(ArtifactError, match="positive label of red@2: legitimate"):
+        promotion.judge(judged(PromoteConfig, own, data, tmp_path))
+    assert promotion.judge(judged(PromoteConfig, own, data, tmp_path, metric="accuracy")).champion == "red@2"
+
+
+def test_images_of_one_group_cannot_excuse_a_worse_version_as_noise(models, data, tmp_path):
+    own = str(tmp_path / "models")
+    shutil.copytree(models, own)
+    set_alias(own, "red", "champion", 1)
+    manifest = Path(data.uri)
+    single = manifest.with_name("single.csv")
+    single.write_text(re.sub(r",site\w+,", ",site0,", manifest.read_text()))
+    one = data.model_copy(update={"uri": str(single)})
+    verdict = promotion.judge(judged(PromoteConfig, own, one, tmp_path, model="red@3"))
+    assert verdict.difference.high is None
+    assert verdict.worse
+    assert "to tell it from noise" in verdict.sentence

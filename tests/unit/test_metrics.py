@@ -127,3 +127,13 @@ def test_shares_have_exact_intervals():
     none = share(0, 300, 0.95)
     assert (none.value, none.low) == (0, 0)
     assert none.high == pytest.approx(1 - 0.025 ** (1 / 300), rel=1e-6)
+
+
+def test_one_group_alone_gives_no_interval():
+    hits = np.array([1.0, 0.0, 1.0])
+
+    def mean(weights):
+        return float((hits * weights).sum() / weights.sum())
+
+    assert estimate(mean, Resamples(3, ["a"] * 3, 100, 0), 0.95).high is None
+    assert estimate(mean, Resamples(3, ["a", "b", "b"], 100, 0), 0.95).high is not None
