@@ -27,7 +27,11 @@ class World:
         import tensorflow as tf
 
         self.timeout_s = timeout_s
-        options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=timeout_s)
+        ways = tf.distribute.experimental.CommunicationImplementation
+        options = tf.distribute.experimental.CommunicationOptions(
+            timeout_seconds=timeout_s,
+            implementation=ways.NCCL if tf.config.list_physical_devices("GPU") else ways.AUTO,
+        )
         with self.explained():
             self.strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
         self.size: int = self.strategy.num_replicas_in_sync
