@@ -123,9 +123,9 @@ def _random_layer(name: str, change: Callable[[Any, Draw], Any], seed: int) -> A
 
         def _draw(self, shape: Any, low: float, high: float) -> Any:
             replica = tf.distribute.get_replica_context()
-            number = replica.replica_id_in_sync_group if replica else 0
-            state = tf.cast(self.generator.next(), tf.int32)
-            return tf.random.stateless_uniform(shape, tf.random.fold_in(state, tf.convert_to_tensor(number)), low, high)
+            number: Any = replica.replica_id_in_sync_group if replica else 0
+            state: Any = tf.random.fold_in(tf.cast(self.generator.next(), tf.int32), number)
+            return tf.random.stateless_uniform(shape, state, low, high)
 
         def compute_output_shape(self, input_shape: Any) -> Any:
             return input_shape
