@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -189,7 +189,7 @@ class Batches:
         """Batches that hold all rows of this rank; the ranks then take the largest of all ranks' numbers."""
         return int(np.bincount(self.strata).max()) if len(self.strata) else 0
 
-    def epoch(self, steps: int, order: tuple[int, int] | None) -> Iterator[Batch]:
+    def epoch(self, steps: int, order: tuple[int, int] | None) -> Generator[Batch]:
         """`steps` batches, in the order drawn from (seed, epoch), or as they lie without one."""
         turns = np.zeros(len(self.strata), np.int64)
         for stratum in np.unique(self.strata):
@@ -224,7 +224,7 @@ class Batches:
         return pixels, self.label_ids[filled].astype(np.int32), weights
 
 
-def _read_ahead(make: Callable[[np.ndarray], Batch], rows: list[np.ndarray]) -> Iterator[Batch]:
+def _read_ahead(make: Callable[[np.ndarray], Batch], rows: list[np.ndarray]) -> Generator[Batch]:
     """The batches in order, READ_AHEAD of them in the making; an error of a thread is raised here."""
     with ThreadPoolExecutor(READ_AHEAD, "cnn_ray-batches") as pool:
         pending: deque[Future[Batch]] = deque()

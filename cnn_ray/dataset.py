@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -221,11 +222,22 @@ def image_reader(
     """A function uri -> image of the size (height, width), or why it cannot be read; for any number of threads."""
     limits = caps or ImageCaps()
     root = None if root_uri == KERAS_CIFAR10 or root_uri.endswith(".npz") else open_store(root_uri)
+    buckets: dict[str, Store] = {}  # a client for every image would take most of the time
+    lock = threading.Lock()
+
+    def store_of(uri: str) -> Store:
+        if root is not None and uri.startswith(root.uri + "/"):
+            return root
+        place = "/".join(uri.split("/")[:3]) if uri.startswith("s3://") else split_uri(uri)[0]
+        with lock:
+            if place not in buckets:
+                buckets[place] = open_store(place)
+            return buckets[place]
 
     def read(uri: str) -> DecodedImage | RowFailure:
         if is_packed(uri):
             return decode(read_packed(uri), size_px, limits)
-        return _read_image(root or open_store(split_uri(uri)[0]), uri, size_px, limits)
+        return _read_image(store_of(uri), uri, size_px, limits)
 
     return read
 

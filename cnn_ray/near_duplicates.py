@@ -104,10 +104,10 @@ def _candidates(prints: Prints) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def _different(prints: Prints, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the rows without those whose print was there before, and for each row the first with its print)."""
-    hashes = np.ascontiguousarray(prints.hashes[rows]).view(np.uint8).reshape(len(rows), 8)
-    whole = np.hstack([hashes, prints.thumbnails[rows].reshape(len(rows), 16 * 16 * 3)])
-    _, first, inverse = np.unique(whole.view(f"V{whole.shape[1]}").ravel(), return_index=True, return_inverse=True)
-    return rows[np.sort(first)], rows[first[inverse]]
+    seen: dict[tuple[int, bytes], int] = {}
+    hashes = prints.hashes[rows].tolist()
+    first = [seen.setdefault((hashes[k], prints.thumbnails[row].tobytes()), int(row)) for k, row in enumerate(rows)]
+    return np.array(list(seen.values()), np.int64), np.array(first, np.int64)
 
 
 def _alike(prints: Prints, left: np.ndarray, right: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -121,7 +121,7 @@ def _alike(prints: Prints, left: np.ndarray, right: np.ndarray) -> list[tuple[np
         i, j = left[a[k : k + 65_536]], right[b[k : k + 65_536]]
         first, second = (prints.thumbnails[side].astype(np.int16).reshape(len(i), -1) for side in (i, j))
         gap = np.abs(first - second)
-        flat = np.ptp(first, axis=1) < FLAT_RANGE
+        flat = np.ptp(first.reshape(len(i), -1, 3), axis=1).max(1) < FLAT_RANGE
         alike = np.where(
             flat, gap.max(1) == 0, (gap.mean(1) <= MAX_MEAN_DIFFERENCE) & (gap.max(1) <= MAX_LARGEST_DIFFERENCE)
         )

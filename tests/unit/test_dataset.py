@@ -216,7 +216,7 @@ def test_the_ranks_hold_every_row_once_in_the_strata_of_one_worker(world_size):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_every_global_batch_has_the_same_rows_for_any_number_of_workers(world_size):
-    from cnn_ray.train_loop import make_batches
+    from cnn_ray.batches import make_batches
 
     labelled = labelled_of(37)
 

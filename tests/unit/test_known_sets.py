@@ -1,10 +1,12 @@
 """CIFAR-10 and Oxford 102 Flowers as they are distributed, on generated miniatures."""
 
+import io
 import sys
 
 import numpy as np
 import pytest
 from factories import write_flowers102, write_packed_cifar10
+from PIL import Image
 
 from cnn_ray import known_sets
 from cnn_ray.config import DataConfig
@@ -62,6 +64,28 @@ def test_a_written_split_makes_the_same_set_again(tmp_path):
     again = read_labelled_set(DataConfig(uri=str(tmp_path / "split.parquet"), split_column="split"))
     assert again.digest() == labelled.digest()
     assert len(load_pixels(again.root_uri, again.uris, (8, 8)).kept) == 80
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_split_written_into_another_folder_names_the_same_images(tmp_path, request, where):
+    root = str(tmp_path / "data") if where == "local" else request.getfixturevalue("s3_uri")
+    store, rows = open_store(root), ["uri,label,brand,origin"]
+    for k in range(24):
+        stream = io.BytesIO()
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (9, 9, 3), np.uint8)).save(stream, "PNG")
+        store.put(f"{k:02}.png", stream.getvalue())
+        rows.append(f"{k:02}.png,{'ab'[k % 2]},brand{k // 2},{'xy'[k % 3 == 0]}")
+    store.put("m.csv", "\n".join(rows).encode())
+    config = DataConfig(uri=f"{store.uri}/m.csv", group_column="brand", source_column="origin", test_fraction=0.2)
+    labelled = read_labelled_set(config)
+    run = tmp_path / "runs" / "r" / "split.parquet"
+    run.parent.mkdir(parents=True)
+    run.write_bytes(write_split(labelled))
+    named = {"split_column": "split", "group_column": "group", "source_column": "source"}
+    again = read_labelled_set(DataConfig(uri=str(run), **named))
+    assert again.digest() == labelled.digest()
+    assert (again.uris, again.groups, again.sources) == (labelled.uris, labelled.groups, labelled.sources)
+    assert len(load_pixels(again.root_uri, again.uris, (8, 8)).kept) == 24
 
 
 def test_pickled_arrays_are_never_loaded(tmp_path):

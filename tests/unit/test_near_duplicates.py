@@ -49,6 +49,11 @@ def test_blank_images_are_twins_only_where_they_are_equal(tmp_path):
     assert twins_of(tmp_path, blanks) == [0, 1, 0]
 
 
+def test_plain_colours_are_blank_too(tmp_path):
+    images = [Image.new("RGB", (40, 40), (level, 0, 120)) for level in (30, 32, 30)]
+    assert twins_of(tmp_path, images) == [0, 1, 0]
+
+
 def test_unreadable_files_are_nobodys_twins(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no image")
