@@ -1,13 +1,14 @@
 """The workers of one training as TensorFlow sees them: a strategy, and the few things that all ranks agree on.
 
-One process is one rank and one device. With one worker the same code runs without a peer. Every collective has a time
+One process is one rank and, as a rule, one device; with several devices it holds several replicas, which share its
+batches. With one worker the same code runs without a peer. Every collective has a time
 limit: without one, a peer that stalls but lives blocks the others for ever.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +23,11 @@ _NOTE_BYTES = 2000
 class World:
     """All ranks of a training. Every method that communicates must be called by all ranks in the same order."""
 
-    def __init__(self, timeout_s: float) -> None:
-        """Waits until all workers of TF_CONFIG are there; must come before any other TensorFlow operation."""
+    def __init__(self, timeout_s: float, devices: Sequence[str] = ()) -> None:
+        """Waits until all workers of TF_CONFIG are there; must come before any other TensorFlow operation.
+
+        With `devices` (such as "CPU:0", "CPU:1") it is one worker with a replica on each. GPUs talk by NCCL.
+        """
         import tensorflow as tf
 
         self.timeout_s = timeout_s
@@ -33,9 +37,15 @@ class World:
             implementation=ways.NCCL if tf.config.list_physical_devices("GPU") else ways.AUTO,
         )
         with self.explained():
-            self.strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
-        self.size: int = self.strategy.num_replicas_in_sync
-        self.rank: int = self.strategy.cluster_resolver.task_id or 0
+            if devices:
+                self.strategy: Any = tf.distribute.MirroredStrategy(list(devices))
+            else:
+                self.strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+            here = self.strategy.experimental_local_results(self.strategy.run(lambda: tf.constant(0)))
+        self.local_replicas = len(here)
+        self.replicas: int = self.strategy.num_replicas_in_sync
+        self.size: int = self.replicas // self.local_replicas
+        self.rank: int = 0 if devices else self.strategy.cluster_resolver.task_id or 0
         # The all-reduce of a raw argument fails ("destinations can not be empty"), hence tf.identity.
         self._sum = self._collective(lambda value: all_reduce_sum(tf.identity(value)))
         self._gather = self._collective(
@@ -59,11 +69,11 @@ class World:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """float32, shaped like `values`: the sums over all ranks, the same bits on each."""
-        return self._sum(np.asarray(values, np.float32))
+        return self._sum(np.asarray(values, np.float32) / np.float32(self.local_replicas))
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """float32 [ranks, K]: the values [K] of every rank. Counts beyond 2**24 would be rounded."""
-        return self._gather(np.asarray(values, np.float32).reshape(1, -1))
+        return self._gather(np.asarray(values, np.float32).reshape(1, -1))[:: self.local_replicas]
 
     def max(self, value: int) -> int:
         """The largest of the ranks' values."""

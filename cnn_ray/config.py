@@ -273,7 +273,7 @@ class TrainConfig(Config):
     class_weight: Literal["none", "balanced"] = "none"
     """balanced: each class weighs N / (classes x its images), so that rare classes count as much as common ones."""
     logs: tuple[Literal["CSVLogger", "TensorBoard"], ...] = ()
-    """Keras callbacks that write the epochs' metrics into the run's folder."""
+    """What writes the epochs' metrics into the run's folder: log.csv, and events for TensorBoard."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Keras dtype policy while training; the published model is float32 in any case."""
     cache_features: bool = False

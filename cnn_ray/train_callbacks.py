@@ -94,8 +94,25 @@ def writing_callbacks(logs: Sequence[str], folder: Path) -> list[Any]:
     if "CSVLogger" in logs:
         found.append(keras.callbacks.CSVLogger(folder / CSV_FILE, append=True))
     if "TensorBoard" in logs:
-        found.append(keras.callbacks.TensorBoard(str(folder / TENSORBOARD_FOLDER), write_graph=False))
+        found.append(_tensorboard(folder / TENSORBOARD_FOLDER))
     return found
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A callback that writes every epoch's logs as TensorBoard events.
+
+    Keras's own needs the tensorboard package to write a scalar; tensorboardX comes with Ray and writes the same files.
+    """
+    import keras
+    from tensorboardX import SummaryWriter
+
+    class TensorBoard(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+            with SummaryWriter(str(folder)) as writer:
+                for name, value in (logs or {}).items():
+                    writer.add_scalar(f"epoch_{name}", value, epoch)
+
+    return TensorBoard()
 
 
 def fetch_log(store: Store, folder: Path, resumed_epochs: int) -> None:

@@ -264,7 +264,7 @@ class _Steps:
                 losses = tf.reduce_sum(loss_of(labels, scores) * weights * tf.gather(class_weights, labels))
                 objective = losses / tf.maximum(count, 1.0)
                 if model.losses:
-                    objective += tf.add_n(model.losses) / world.size
+                    objective += tf.add_n(model.losses) / world.replicas
             gradients = tape.gradient(objective, variables)
             model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
             return totals(labels, scores, weights, losses)
@@ -288,8 +288,25 @@ class _Steps:
     def _call(self, step: Callable[..., Any], batch: Batch) -> Any:
         import tensorflow as tf
 
+        local = self._world.local_replicas
         with self._world.explained():
-            return step(*(tf.constant(part) for part in batch))
+            if local == 1:
+                return step(*(tf.constant(part) for part in batch))
+            pieces = _cut(batch, local)
+            spread = self._world.strategy.experimental_distribute_values_from_function
+            return step(*(spread(lambda at, k=k: pieces[at.replica_id_in_sync_group % local][k]) for k in range(3)))
+
+
+def _cut(batch: Batch, count: int) -> list[tuple[Any, Any, Any]]:
+    """The batch in equal pieces, one for each replica of this process; the last row fills up at weight 0."""
+    import tensorflow as tf
+
+    pixels, label_ids, weights = batch
+    missing = -len(weights) % count
+    rows = np.append(np.arange(len(weights)), np.full(missing, len(weights) - 1, np.int64))
+    filled = np.append(weights, np.zeros(missing, np.float32))
+    parts = zip(np.split(rows, count), np.split(filled, count), strict=True)
+    return [(tf.constant(pixels[own]), tf.constant(label_ids[own]), tf.constant(weight)) for own, weight in parts]
 
 
 def _cross_entropy(num_classes: int) -> Objective:

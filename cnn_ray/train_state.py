@@ -86,7 +86,12 @@ def _scalars(callback: Any) -> dict[str, Any]:
     """The callback's public numbers and texts that are no settings: best, wait, cooldown_counter and their like.
 
     Settings must stay as they were given: Keras turns the sign of `min_delta` when a callback sees its first epoch.
+    What a CSVLogger knows (whether to write a header) it sees from its file.
     """
+    import keras
+
+    if isinstance(callback, keras.callbacks.CSVLogger):
+        return {}
     settings = inspect.signature(type(callback)).parameters
     found: dict[str, Any] = {}
     for name, value in vars(callback).items():

@@ -17,11 +17,14 @@ import numpy as np
 
 from cnn_ray.batches import Batches, make_batches
 from cnn_ray.collectives import World
-from cnn_ray.config import PhaseConfig
+from cnn_ray.config import DataConfig, EarlyStoppingConfig, PhaseConfig, ReduceLROnPlateauConfig, TrainConfig
 from cnn_ray.dataset import SPLITS, LabelledSet, share_of_rank
 from cnn_ray.errors import CnnRayError, ConfigError, DataError
+from cnn_ray.feature_cache import cached, cut_at_features
+from cnn_ray.losses import class_weights, image_losses
 from cnn_ray.model import freeze_backbone, unfreeze_backbone
-from cnn_ray.train_loop import Phase, Trainer
+from cnn_ray.train_callbacks import fetch_log, rate_at, shared_callbacks, upload, writing_callbacks
+from cnn_ray.train_loop import Objective, Phase, Trainer, View
 
 SIDE = 12
 CLASSES = 3
@@ -73,12 +76,14 @@ def noisy_model() -> Any:
     return keras.Model(pixels, keras.layers.Dense(CLASSES, activation="softmax", dtype="float32")(features))
 
 
-def make_trainer(world: World, make_model: Any, train: int = 70, validation: int = 21) -> Trainer:
+def make_trainer(
+    world: World, make_model: Any, train: int = 70, validation: int = 21, objective: Objective | None = None
+) -> Trainer:
     data, pixels = labelled(train, validation)
     with world.strategy.scope():
         model = make_model()
     sides = (batches(data, pixels, split, world) for split in ("train", "validation"))
-    return Trainer(world, model, *sides, seed=SEED)
+    return Trainer(world, model, *sides, seed=SEED, objective=objective)
 
 
 def phase(
@@ -209,6 +214,125 @@ def frozen(world: World, _folder: Path) -> dict[str, Any]:
     return {"history": history, "weights": weights, "head": moved(after_head), "moved": moved(weights)}
 
 
+def weighted(world: World, _folder: Path) -> dict[str, Any]:
+    """Focal loss with label smoothing and balanced classes."""
+    settings = TrainConfig(
+        name="x",
+        data=DataConfig(uri="memory"),
+        loss="focal",
+        label_smoothing=0.1,
+        class_weight="balanced",
+    )
+    data, _ = labelled(70, 21)
+    weights = class_weights(settings, data.label_ids[data.rows("train")], CLASSES)
+    trainer = make_trainer(world, plain_model, objective=Objective(image_losses(settings, CLASSES), weights))
+    return {"history": trainer.run([phase(3, 0.1)]), "weights": trainer.model.get_weights()}
+
+
+SCHEDULED = PhaseConfig(
+    epochs=5, learning_rate=0.02, optimizer="adamw", weight_decay=0.05, schedule="cosine", warmup_epochs=1.5
+)
+
+
+def scheduled(world: World, folder: Path) -> dict[str, Any]:
+    """Cosine with warm-up, then plateaus: resumed in the middle of either phase it ends equally."""
+    plateau = PhaseConfig(
+        epochs=7,
+        learning_rate=0.01,
+        reduce_lr_on_plateau=ReduceLROnPlateauConfig(patience=2, factor=0.5, min_delta=10.0, cooldown=1),
+        early_stopping=EarlyStoppingConfig(patience=6, min_delta=10.0),
+    )
+    settings = {"train": SCHEDULED, "fine_tune": plateau}
+    phases = [Phase(name, config, lambda _m: None) for name, config in settings.items()]
+    saved: list[Path] = []
+
+    def keep(_logs: dict[str, Any], save: Any) -> None:
+        saved.append(folder / f"epoch_{len(saved)}")
+        saved[-1].mkdir()
+        save(saved[-1])
+
+    def make(name: str) -> list[Any]:
+        return shared_callbacks(settings[name])
+
+    trainer = make_trainer(world, noisy_model)
+    history = trainer.run(phases, callbacks=make, after_epoch=keep)
+    weights = trainer.model.get_weights()
+    equal = []
+    for state in (saved[2], saved[7]):
+        again = make_trainer(world, noisy_model)
+        other = again.run(phases, callbacks=make, resume_from=state)
+        same = all(np.array_equal(a, b) for a, b in zip(weights, again.model.get_weights(), strict=True))
+        equal.append(same and [h["learning_rate"] for h in other] == [h["learning_rate"] for h in history])
+    expected = [rate_at(SCHEDULED, trainer.train_steps, (k + 1) * trainer.train_steps) for k in range(5)]
+    return {"history": history, "weights": weights, "equal": equal, "expected": expected}
+
+
+def features(world: World, _folder: Path) -> dict[str, Any]:
+    """The head on a frozen backbone, once as ever and once on features that were computed once."""
+    import keras
+
+    def transfer_model() -> Any:
+        keras.utils.set_random_seed(SEED)
+        pixels = keras.Input((SIDE, SIDE, 3), dtype="uint8")
+        inner = keras.Sequential(
+            [keras.Input((SIDE, SIDE, 3)), keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization()],
+            name="backbone",
+        )
+        found = inner(keras.layers.Rescaling(1 / 255)(pixels))
+        found = keras.layers.GlobalAveragePooling2D(name="features")(found)
+        found = keras.layers.Dense(5, activation="relu", name="hidden")(found)
+        return keras.Model(pixels, keras.layers.Dense(CLASSES, activation="softmax", name="scores")(found))
+
+    def run(with_cache: bool) -> Trainer:
+        trainer = make_trainer(world, transfer_model)
+
+        def view() -> View:
+            below, head = cut_at_features(trainer.model)
+            return View(head, *(cached(b, below, augment=False) for b in (trainer.train, trainer.validation)))
+
+        first = phase(2, 0.1, prepare=freeze_backbone)
+        second = phase(1, 0.01, name="fine_tune", prepare=unfreeze_backbone)
+        trainer.run([Phase("train", first.config, first.prepare, view if with_cache else None), second])
+        return trainer
+
+    plain, fast = run(False), run(True)
+    pairs = zip(plain.model.get_weights(), fast.model.get_weights(), strict=True)
+    gap = max(float(np.abs(a - b).max()) for a, b in pairs)
+    losses = [[h["val_loss"] for h in t.position.history] for t in (plain, fast)]
+    return {"history": fast.position.history, "weights": fast.model.get_weights(), "gap": gap, "losses": losses}
+
+
+def logs(world: World, folder: Path) -> dict[str, Any]:
+    """CSVLogger and TensorBoard on rank 0, uploaded after each epoch; a resumed run drops what it trains again."""
+    from cnn_ray.storage import open_store
+
+    store = open_store(str(folder / "run"))
+    saved: list[Path] = []
+
+    def train(number: int, resumed: Path | None, epochs: int) -> Trainer:
+        local = folder / f"local_{number}"
+        if world.rank == 0:
+            fetch_log(store, local, 2 if resumed else 0)
+
+        def keep(_logs: dict[str, Any], save: Any) -> None:
+            if world.rank == 0:
+                upload(store, local)
+            saved.append(folder / f"epoch_{len(saved)}")
+            saved[-1].mkdir()
+            save(saved[-1])
+
+        def make(_phase: str) -> list[Any]:
+            return writing_callbacks(("CSVLogger", "TensorBoard"), local) if world.rank == 0 else []
+
+        trainer = make_trainer(world, plain_model)
+        trainer.run([phase(epochs, 0.1)], callbacks=make, after_epoch=keep, resume_from=resumed)
+        return trainer
+
+    train(0, None, 3)
+    trainer = train(1, saved[1], 4)
+    return {"history": trainer.position.history, "weights": trainer.model.get_weights()}
+
+
 def agree(world: World, _folder: Path) -> dict[str, Any]:
     """The last rank has an error: every rank must raise it, in its class and words."""
     raised = None
@@ -232,12 +356,21 @@ def stall(world: World, folder: Path) -> dict[str, Any]:
     return {"history": [], "weights": []}
 
 
-SCENARIOS = {f.__name__: f for f in (exact, noisy, uneven, callbacks, chief_stops, resume, frozen, agree, stall)}
+ALL = (exact, noisy, uneven, callbacks, chief_stops, resume, frozen, weighted, scheduled, features, logs, agree, stall)
+SCENARIOS = {f.__name__: f for f in ALL}
 
 
 def main() -> int:
     out = Path(sys.argv[1])
-    world = World(timeout_s=float(os.environ.get("COLLECTIVE_TIMEOUT_S", "60")))
+    devices = int(os.environ.get("LOGICAL_DEVICES", "0"))
+    if devices:
+        import tensorflow as tf
+
+        one = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(one, [tf.config.LogicalDeviceConfiguration()] * devices)
+    world = World(
+        timeout_s=float(os.environ.get("COLLECTIVE_TIMEOUT_S", "60")), devices=[f"CPU:{k}" for k in range(devices)]
+    )
     for name in sys.argv[2:]:
         folder = out / f"{name}_{world.rank}_of_{world.size}"
         folder.mkdir()

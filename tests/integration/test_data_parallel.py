@@ -24,6 +24,8 @@ from cnn_ray.train_loop import TIMINGS
 WORKER = Path(__file__).with_name("data_parallel_worker.py")
 ROOT = WORKER.parents[2]
 NUMERICAL = ("agree", "exact", "noisy", "uneven", "callbacks", "chief_stops", "resume", "frozen")
+CONFIGURED = ("weighted", "scheduled", "features", "logs")
+REPLICAS = ("exact", "uneven", "callbacks", "agree")
 START_S = 240
 
 
@@ -71,17 +73,21 @@ def start(out: Path, ranks: int, scenarios: tuple[str, ...], **environment: str)
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(scenario, rank, ranks) -> what it ended with."""
     out = tmp_path_factory.mktemp("ranks")
-    processes = start(out, 2, NUMERICAL) + start(out, 1, NUMERICAL)
+    replicas = out / "replicas"
+    replicas.mkdir()
+    scenarios = NUMERICAL + CONFIGURED
+    processes = start(out, 2, scenarios) + start(out, 1, scenarios)
+    processes += start(replicas, 1, REPLICAS, LOGICAL_DEVICES="2")
     try:
         codes = [process.wait(timeout=START_S) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    logs = "\n".join(f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(out.glob("log_*")))
-    assert codes == [0, 0, 0], logs
+    logs = "\n".join(f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(out.rglob("log_*_of_*")))
+    assert codes == [0, 0, 0, 0], logs
 
-    def read(scenario: str, rank: int, ranks: int) -> Ended:
-        folder = out / f"{scenario}_{rank}_of_{ranks}"
+    def read(scenario: str, rank: int, ranks: int, *, below: str = "") -> Ended:
+        folder = out / below / f"{scenario}_{rank}_of_{ranks}"
         with np.load(folder / "weights.npz") as arrays:
             weights = [arrays[name] for name in arrays.files]
         return Ended(weights, json.loads((folder / "result.json").read_text()), folder)
@@ -89,7 +95,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return read
 
 
-@pytest.mark.parametrize("scenario", [name for name in NUMERICAL if name != "agree"])
+@pytest.mark.parametrize("scenario", [name for name in NUMERICAL + CONFIGURED if name != "agree"])
 def test_both_ranks_end_with_the_same_bits_and_logs(ended, scenario):
     first, second = ended(scenario, 0, 2), ended(scenario, 1, 2)
     assert len(first.weights) == len(second.weights) > 0
@@ -97,7 +103,7 @@ def test_both_ranks_end_with_the_same_bits_and_logs(ended, scenario):
     assert first.history == second.history
 
 
-@pytest.mark.parametrize("scenario", ["exact", "uneven", "callbacks", "chief_stops"])
+@pytest.mark.parametrize("scenario", ["exact", "uneven", "callbacks", "chief_stops", "weighted"])
 def test_two_workers_of_16_end_like_one_of_32(ended, scenario):
     """No dropout, no BatchNorm, SGD: what is left is the order of float32 additions."""
     pair, single = ended(scenario, 0, 2), ended(scenario, 0, 1)
@@ -105,6 +111,48 @@ def test_two_workers_of_16_end_like_one_of_32(ended, scenario):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert [h["loss"] for h in pair.history] == pytest.approx([h["loss"] for h in single.history], abs=1e-5)
     assert [h["val_accuracy"] for h in pair.history] == [h["val_accuracy"] for h in single.history]
+
+
+@pytest.mark.parametrize("scenario", ["exact", "uneven", "callbacks"])
+def test_two_replicas_in_one_process_end_like_one(ended, scenario):
+    """Two logical CPU devices in one worker: batches are cut, an odd one is filled up at weight 0."""
+    pair, single = ended(scenario, 0, 1, below="replicas"), ended(scenario, 0, 1)
+    for a, b in zip(pair.weights, single.weights, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert [h["loss"] for h in pair.history] == pytest.approx([h["loss"] for h in single.history], abs=1e-5)
+    assert [h["val_accuracy"] for h in pair.history] == [h["val_accuracy"] for h in single.history]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_schedules_and_plateaus_go_on_where_they_were(ended, ranks):
+    result = ended("scheduled", 0, ranks).result
+    assert result["equal"] == [True, True], "resumed in the cosine, and between two reductions"
+    rates = [logs["learning_rate"] for logs in result["history"]]
+    assert rates[:5] == pytest.approx(result["expected"], rel=1e-5, abs=1e-9)
+    assert rates[1] > rates[2] > rates[3] > rates[4]
+    assert rates[4] == pytest.approx(0, abs=1e-4)
+    assert len(set(rates[5:])) >= 3, "ReduceLROnPlateau lowered it twice"
+
+
+def test_a_rate_does_not_depend_on_the_number_of_workers(ended):
+    pair, single = ended("scheduled", 0, 2), ended("scheduled", 0, 1)
+    assert [h["learning_rate"] for h in pair.history] == [h["learning_rate"] for h in single.history]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cached_features_train_the_same_head(ended, ranks):
+    result = ended("features", 0, ranks).result
+    assert result["gap"] < 1e-5
+    assert result["losses"][0] == pytest.approx(result["losses"][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_logs_are_written_once_and_a_resumed_run_drops_what_it_trains_again(ended, ranks):
+    run = ended("logs", 0, ranks).folder / "run"
+    lines = (run / "log.csv").read_text().splitlines()
+    assert lines[0].startswith("epoch,")
+    assert [line.split(",")[0] for line in lines[1:]] == ["0", "1", "2", "3"]
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
 
 
 def test_training_learns(ended):
