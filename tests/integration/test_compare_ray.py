@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from factories import write_flowers102, write_packed_cifar10
 
 from cnn_ray.artifact import load_artifact
 from cnn_ray.compare import run_comparison
 from cnn_ray.config import CompareConfig, TrainConfig, build_config, load_yaml
 from cnn_ray.train import run_training
-from tests.factories import write_flowers102, write_packed_cifar10
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
