@@ -2,8 +2,8 @@
 
     python train_contestant.py keras|ray FOLDER ARCHITECTURE [--workers N] [--precision P] [--fine-tune] [--cache]
 
-FOLDER holds images/ (class folders) and ARCHITECTURE.weights.h5. `keras` is plain `model.fit` in this process on the same
-pixels, model and batch size.
+FOLDER holds images/ (class folders) and ARCHITECTURE.weights.h5. `keras` is plain `model.fit` in this process on the
+same pixels, model and batch size.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from cnn_ray.train import run_training
 pytestmark = pytest.mark.slow
 
 EPOCHS = 3
+PATHS = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(ROOT / "tests")])}
 LEAST_EPOCH_S = 1.5
 """The driver hears of an epoch at most 0.7 s after its end: a kill right then is in the middle of the next."""
 
@@ -112,3 +113,90 @@ def test_a_killed_driver_is_resumed_by_its_run_and_changes_no_bit(undisturbed, t
     assert "epoch 1:" not in second.stderr
     assert f"epoch {EPOCHS}:" in second.stderr
     assert same_bits(folder, tmp_path)
+
+
+def test_checkpoints_on_s3_carry_a_training_over_a_killed_rank(undisturbed, tmp_path, s3_uri):
+    """Runs and models in a bucket: the group restarts from a checkpoint there, with the same bits at the end."""
+    from cnn_ray.storage import open_store
+
+    folder, images = undisturbed
+    config = long_epochs(tmp_path, images)
+    config = config.model_copy(update={"runs_uri": f"{s3_uri}/runs", "models_uri": f"{s3_uri}/models"})
+    told: list[int] = []
+
+    def kill_one(logs: dict[str, Any]) -> None:
+        told.append(logs["epoch"])
+        if len(told) == 1:
+            os.kill(own_train_workers()[-1], signal.SIGKILL)
+
+    result = run_training(config, on_epoch=kill_one)
+    assert told[-1] == EPOCHS
+    assert result.run_uri.startswith(s3_uri)
+    store = open_store(s3_uri)
+    keys = store.keys("runs/")
+    assert [key for key in keys if "checkpoint_" in key and key.endswith("position.json")]
+    assert [key for key in keys if key.endswith("/_split.parquet")]
+    target = tmp_path / "models" / "small" / "1"
+    target.mkdir(parents=True)
+    store.get_to_file("models/small/1/model.weights.h5", target / "model.weights.h5")
+    assert same_bits(folder, tmp_path)
+
+
+def test_elastic_training_goes_on_with_fewer_workers_and_keeps_the_global_batch(undisturbed, tmp_path):
+    """Two workers are wanted and one will do; the cluster has room for one. The global batch stays what it was."""
+    folder, images = undisturbed
+    config = long_epochs(tmp_path, images).model_copy(update={"min_workers": 1, "num_workers": 2})
+    command = [sys.executable, "-c", ELASTIC, config.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=PATHS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "workers 1" in done.stdout
+    for a, b in zip(trained_weights(folder), trained_weights(tmp_path), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+ELASTIC = """
+import sys, threading, time
+import ray
+from test_ray_train import own_train_workers
+from cnn_ray.config import TrainConfig
+from cnn_ray.train import run_training
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+config = TrainConfig.model_validate_json(sys.argv[1])
+most = []
+run_training(config, on_epoch=lambda logs: most.append(len(own_train_workers())))
+print("workers", max(most))
+"""
+
+
+def test_a_killed_driver_leaves_no_process_behind(tmp_path):
+    images = draw_classes(tmp_path / "images", 400)
+    (tmp_path / "c.json").write_text(long_epochs(tmp_path, images).model_dump_json())
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), "--config", str(tmp_path / "c.json")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "CNN_RAY_TEST_MARK": str(tmp_path)},
+    )
+    assert driver.stderr is not None
+    for line in driver.stderr:
+        if "epoch 1:" in line:
+            driver.kill()
+            break
+    driver.wait(timeout=60)
+    deadline = time.monotonic() + 90
+    while (left := marked(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left, left
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the processes that inherited the driver's environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"CNN_RAY_TEST_MARK={mark}".encode() in path.read_bytes():
+                found.append((path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200])
+        except OSError:
+            continue
+    return found
