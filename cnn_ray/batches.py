@@ -30,6 +30,8 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 READ_AHEAD = 4
 """Batches that are made before they are asked for."""
+LEAST_JUDGED = 10
+"""Of fewer images a rank does not judge alone that too many are unreadable."""
 FILLED_AT_ONCE = 64
 """Images that one task of the first pass decodes."""
 
@@ -104,6 +106,12 @@ class DecodedPixels:
             if isinstance(image, RowFailure):
                 self._failures.setdefault(row, image)
 
+    @property
+    def unreadable(self) -> int:
+        """Images that could not be read so far."""
+        with self._lock:
+            return len(self._failures)
+
     def wait(self) -> None:
         """Afterwards everything that is kept is decoded.
 
@@ -122,7 +130,7 @@ class DecodedPixels:
             failures = dict(self._failures)
             done = self._reported or bool(self._unseen)
             self._reported |= not done
-        if len(failures) > MAX_UNREADABLE_RATE * len(self._uris):
+        if len(self._uris) >= LEAST_JUDGED and len(failures) > MAX_UNREADABLE_RATE * len(self._uris):
             raise DataError(
                 f"Expected readable images. Received: {_unreadable(self._uris, failures)}. "
                 "Next: check data.uri and data.uri_column."

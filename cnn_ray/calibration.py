@@ -24,7 +24,8 @@ from cnn_ray.judged import LabelledScores
 from cnn_ray.metrics import Estimate, Resamples, estimate, log_loss, share
 from cnn_ray.predictor import Predictor, choose_engine, compile_openvino, freeze_tensorflow, rebuild_model
 
-SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.05, 20.0
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.5, 20.0
+"""Below, scores saturate at 0 and 1: what a handful of easy images asks for."""
 EXPORT_IMAGES = 512
 
 
@@ -95,7 +96,13 @@ def run_calibration(config: CalibrateConfig) -> tuple[Calibration, Artifact]:
         caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
         scores, kept, _ = predict_images(predictor, scored.root_uri, scored.uris, caps)
         again = replace(
-            scored, scores=scores, truth=scored.truth[kept], engine=predictor.engine, precision=predictor.precision
+            scored,
+            scores=scores,
+            truth=scored.truth[kept],
+            uris=tuple(scored.uris[k] for k in kept),
+            groups=None if scored.groups is None else tuple(scored.groups[k] for k in kept),
+            engine=predictor.engine,
+            precision=predictor.precision,
         )
         before = log_loss(scored.scores, scored.truth)
         fitted.append(replace(_calibration(config, again, scores, temperature), log_loss_before=before))
@@ -127,8 +134,12 @@ def divided(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(scores: np.ndarray, truth: np.ndarray) -> float:
-    """The temperature with the lowest log loss. scores: float [N, C]; truth: int [N]."""
+    """The temperature with the lowest log loss; 1 where no answer is wrong: nothing then holds the scores back from
+    certainty. scores: float [N, C]; truth: int [N]."""
     from scipy.optimize import minimize_scalar
+
+    if (scores.argmax(1) == truth).all():
+        return 1.0
 
     found: Any = minimize_scalar(
         lambda log_t: log_loss(divided(scores, math.exp(log_t)), truth),
@@ -141,7 +152,8 @@ def fit_temperature(scores: np.ndarray, truth: np.ndarray) -> float:
 def threshold_at(score: np.ndarray, positive: np.ndarray, max_fpr: float, weights: np.ndarray | None = None) -> float:
     """The lowest threshold that flags (score >= threshold) at most max_fpr of the negatives.
 
-    It lies half-way to the next higher score, so that rounding does not decide. score: float [N]; positive: bool [N].
+    It lies half-way to the next higher score where float32 has room there, as scores are compared in float32; else it
+    is that score. score: float [N]; positive: bool [N].
     """
     w = np.ones(len(score)) if weights is None else weights
     values, ids = np.unique(score, return_inverse=True)
@@ -151,7 +163,10 @@ def threshold_at(score: np.ndarray, positive: np.ndarray, max_fpr: float, weight
     if len(within) == 0:
         return float(np.nextafter(np.float32(values[-1]), np.float32(2)))
     k = int(within[0])
-    return float(values[k]) if k == 0 else float((values[k - 1] + values[k]) / 2)
+    if k == 0:
+        return float(values[0])
+    middle = np.float32((float(values[k - 1]) + float(values[k])) / 2)
+    return float(middle) if values[k - 1] < middle <= values[k] else float(values[k])
 
 
 def _scored(config: CalibrateConfig, artifact: Artifact) -> LabelledScores:
@@ -164,7 +179,7 @@ def _scored(config: CalibrateConfig, artifact: Artifact) -> LabelledScores:
     positive = scored.truth == scored.positive
     if positive.all() or not positive.any():
         raise DataError(
-            f"Expected images of {artifact.positive_label!r} and others in {config.data.uri} ({config.split}). "
+            f"Expected images of {artifact.positive_label!r} and others in {config.data.uri} ({scored.split}). "
             f"Received: {int(positive.sum())} and {int((~positive).sum())}. Next: give data with both."
         )
     return scored
@@ -198,7 +213,7 @@ def _calibration(
         log_loss_after=log_loss(scores, scored.truth),
         engine=scored.engine,
         precision=scored.precision,
-        split=config.split,
+        split=scored.split,
         data_digest=scored.data_digest,
     )
 

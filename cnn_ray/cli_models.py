@@ -145,4 +145,4 @@ def model_promote(config_file: str | None, print_config: bool, dry_run: bool, **
 
     verdict = job.judge(config)
     ui.print_verdict(verdict, stdout_console())
-    return None if dry_run else job.promote(config, verdict)
+    return job.refuse_worse(config, verdict) if dry_run else job.promote(config, verdict)

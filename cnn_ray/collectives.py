@@ -94,7 +94,9 @@ class World:
             if row.any():
                 text = row.astype(np.uint8).tobytes().rstrip(b"\0").decode(errors="ignore")
                 kind, _, message = text.partition("\n")
-                raise vars(errors)[kind](message)
+                agreed: CnnRayError = vars(errors)[kind](message)
+                agreed.agreed = True
+                raise agreed
 
     def copy_from_rank_0(self, variables: list[Any]) -> None:
         """Afterwards the variables hold rank 0's values on every rank."""

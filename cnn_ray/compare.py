@@ -21,9 +21,10 @@ from cnn_ray.compare_page import build_page
 from cnn_ray.comparison_rows import ComparisonResult, Failure, Row, Spread, Training
 from cnn_ray.config import CompareConfig, DataConfig, LabelledScoresConfig, TrainConfig
 from cnn_ray.dataset import read_labelled_set
-from cnn_ray.errors import CnnRayError, ConfigError, NotFoundError
+from cnn_ray.errors import ArtifactError, CnnRayError, ConfigError, NotFoundError
 from cnn_ray.evaluate import score_labelled
 from cnn_ray.metrics import log_loss, topk_accuracy
+from cnn_ray.model import check_definition
 from cnn_ray.predictor import Predictor, cpu_count, load_predictor
 from cnn_ray.ray_session import connected
 from cnn_ray.storage import open_store
@@ -82,6 +83,8 @@ def run_comparison(
 
 def dry_run(config: CompareConfig) -> str:
     """What a comparison would do, in one sentence."""
+    for variant in config.variants:
+        check_definition(config.training(variant, config.seeds[0]).model)
     _, split = _shared_split(config)
     count = len(config.variants) * len(config.seeds)
     return f"Would train {', '.join(config.variants)} with {len(config.seeds)} seeds ({count} trainings), on {split}."
@@ -121,8 +124,10 @@ def _one(
     decides = training.model_dump_json(exclude=set(HARMLESS))
     key = f"trainings/{variant}-{seed}-{hashlib.sha256(f'{decides}{digest}'.encode()).hexdigest()[:12]}.json"
     try:
-        return Training(**json.loads(store.get(key)))
-    except NotFoundError:
+        kept = Training(**json.loads(store.get(key)))
+        load_artifact(training.models_uri, kept.reference)
+        return kept
+    except (NotFoundError, ArtifactError):  # never trained, or the version was removed since
         pass
     on_training(f"{variant}, seed {seed}: training")
     try:
@@ -166,10 +171,9 @@ def _throughputs(config: CompareConfig, done: Sequence[Training]) -> Mapping[str
         predictors: dict[str, Predictor] = {}
         for training in done:
             if training.variant not in predictors and (not use_gpu or _has_gpu()):
-                models_uri = config.training(training.variant, training.seed).models_uri
-                artifact = load_artifact(models_uri, training.reference)
-                engine = "tensorflow" if use_gpu else "openvino"
-                predictors[training.variant] = load_predictor(artifact, engine=engine, precision="f32", use_gpu=use_gpu)
+                predictor = _predictor(config, training, use_gpu=use_gpu)
+                if predictor is not None:
+                    predictors[training.variant] = predictor
         by_device.append(_interleaved(predictors))
     for training in done:
         found[training.variant] = (by_device[0].get(training.variant), by_device[1].get(training.variant))
@@ -188,9 +192,25 @@ def _interleaved(predictors: Mapping[str, Predictor]) -> dict[str, float]:
     return {name: round(MEASURED_IMAGES / statistics.median(spent), 1) for name, spent in times.items()}
 
 
+def _predictor(config: CompareConfig, training: Training, *, use_gpu: bool) -> Predictor | None:
+    """In float32; None, with a warning, where it cannot be loaded: the table is worth more than its speed."""
+    models_uri = config.training(training.variant, training.seed).models_uri
+    engine = "tensorflow" if use_gpu else "openvino"
+    try:
+        artifact = load_artifact(models_uri, training.reference)
+        return load_predictor(artifact, engine=engine, precision="f32", use_gpu=use_gpu)
+    except CnnRayError as error:
+        log.warning("no speed of %s: %s", training.variant, error)
+        return None
+
+
 def _has_gpu() -> bool:
-    """Asked of the driver's device files: importing TensorFlow for it would cost 5 s."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
+    """Whether TensorFlow sees a GPU; only asked where the machine has one: its import costs 5 s."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return False
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
 
 
 def _row(

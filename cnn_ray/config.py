@@ -221,8 +221,10 @@ class PhaseConfig(Config):
 
     @model_validator(mode="after")
     def _one_master_of_the_rate(self) -> PhaseConfig:
-        if self.schedule == "cosine" and self.reduce_lr_on_plateau is not None:
-            raise ValueError("Expected schedule cosine or reduce_lr_on_plateau, not both. Received: both.")
+        if (self.schedule == "cosine" or self.warmup_epochs) and self.reduce_lr_on_plateau is not None:
+            raise ValueError(
+                "Expected a schedule (cosine, warmup_epochs) or reduce_lr_on_plateau, not both. Received: both."
+            )
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"Expected momentum with optimizer sgd. Received: {self.optimizer}.")
         if self.weight_decay and self.optimizer == "adam":
@@ -274,7 +276,7 @@ class TrainConfig(Config):
     """balanced: each class weighs N / (classes x its images), so that rare classes count as much as common ones."""
     logs: tuple[Literal["CSVLogger", "TensorBoard"], ...] = ()
     """What writes the epochs' metrics into the run's folder: log.csv, and events for TensorBoard."""
-    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    precision: Literal["float32", "mixed_bfloat16"] = "float32"
     """Keras dtype policy while training; the published model is float32 in any case."""
     cache_features: bool = False
     """Compute a frozen backbone once per image instead of in every epoch (exact without augmentation; with it an
@@ -355,8 +357,8 @@ class LabelledScoresConfig(ModelConfig):
 
     data: DataConfig
     """The labelled images."""
-    split: Literal["all", "train", "validation", "test"] = "all"
-    """Which side of the split is scored; all: every image of the data."""
+    split: Literal["auto", "all", "train", "validation", "test"] = "auto"
+    """Which side of the split is scored; auto: validation of the data that the model was trained on, all of others."""
     seed: int = 0
     """Seed of the bootstrap."""
     bootstrap_samples: Annotated[int, Field(ge=100)] = 2000
@@ -375,8 +377,6 @@ class EvaluateConfig(LabelledScoresConfig):
 class CalibrateConfig(LabelledScoresConfig):
     """The positive label's threshold at a false-positive budget, as a new version of the model."""
 
-    split: Literal["all", "train", "validation", "test"] = "validation"
-    """Which side of the split is scored; all: every image of the data."""
     max_fpr: Annotated[float, Field(gt=0, lt=1)] = 0.001
     """Largest share of negatives that may be flagged."""
     temperature_scaling: bool = True

@@ -153,13 +153,18 @@ def print_table(console: Console, title: str, rows: list[tuple[str, ...]], heade
     for column in header or [""] * (len(rows[0]) if rows else 1):
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(plain(cell)) for cell in row))
     console.print(table)
 
 
 def say(console: Console, text: str) -> None:
     """Afterwards the text is on the console as it is: unwrapped, so that a path can be copied, and without markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """The text with what does not print spelled out: file names come from outside and may hold terminal commands."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)
 
 
 def describe_changes(changes: Changes) -> str:

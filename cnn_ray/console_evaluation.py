@@ -33,7 +33,7 @@ def print_evaluation(result: EvaluationResult, console: Console) -> None:
     print_table(console, f"{result.reference} ({result.engine} {result.precision}) on {result.split}", rows)
     if result.earlier:
         named = ", ".join(dict.fromkeys(result.earlier))
-        say(console, f"This test set was used {len(result.earlier)} times before (by {named}).")
+        say(console, f"This test set was used before: {len(result.earlier)} x (by {named}).")
     if result.unreadable:
         codes = ", ".join(f"{code} {count}" for code, count in sorted(result.unreadable.items()))
         say(console, f"Unreadable images, left out: {codes}.")
@@ -62,3 +62,5 @@ def print_calibration(fitted: Calibration, artifact: Artifact | None, console: C
 def print_verdict(verdict: Verdict, console: Console) -> None:
     """Prints the comparison in one sentence."""
     say(console, verdict.sentence)
+    if verdict.note:
+        say(console, f"Note: {verdict.note}")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from cnn_ray.compare_page import spread_text
 from cnn_ray.comparison_rows import ComparisonResult, Failure, Row, Training
-from cnn_ray.console import say
+from cnn_ray.console import plain, say
 from cnn_ray.guards import Finding
 from cnn_ray.plots import number_text
 
@@ -29,7 +29,7 @@ def print_findings(findings: Sequence[Finding], allow: Sequence[str], console: C
     for finding in findings:
         if finding.guard not in allow:
             colour = "red" if finding.severity == "error" else "yellow"
-            console.print(Text.assemble((finding.severity, colour), " ", finding.sentence), soft_wrap=True)
+            console.print(Text.assemble((finding.severity, colour), " ", plain(finding.sentence)), soft_wrap=True)
 
 
 def print_training(event: Training | Failure | str, console: Console) -> None:

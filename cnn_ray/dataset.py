@@ -110,6 +110,11 @@ def read_labelled_set(config: DataConfig, *, split: bool = True) -> LabelledSet:
     return LabelledSet(root_uri, tuple(rows.uris), label_ids, labels, splits, groups, sources, twins)
 
 
+def absolute_uri(uri: str) -> str:
+    """The location as a training writes it down."""
+    return uri if uri == KERAS_CIFAR10 else open_store(uri).uri
+
+
 def look_for_twins(root_uri: str, uris: Sequence[str]) -> np.ndarray:
     """int64 [N]: images that look alike share a number (`near_duplicates.find_twins`); 0.4 ms of CPU for
     a CIFAR image, 2 ms for a screenshot.
@@ -192,8 +197,8 @@ def _split(
         absent = next((label for k, label in enumerate(labels) if k not in present), None)
         if absent is not None:
             raise DataError(
-                f"Expected images of {absent!r} in {split}. Received: none, because its images are too few or all in "
-                "one group. Next: add images of it, or remove the class from the data."
+                f"Expected images of {absent!r} in {split}. Received: none, because its images are too few, or all in "
+                "one group or alike. Next: add images of it, remove the class, or set data.near_duplicates: ignore."
             )
     return given
 
@@ -206,13 +211,6 @@ def _given_split(rows: LabelledRows, config: DataConfig) -> np.ndarray:
             f"Expected train, validation or test in column {config.split_column!r}. Received: {wrong!r}. "
             "Next: correct the manifest."
         )
-    sides: dict[str, str] = {}
-    for group, name in zip(rows.groups or [], names, strict=False):
-        if sides.setdefault(group, name) != name:
-            raise DataError(
-                f"Expected each {config.group_column} on one side of the split. Received: {group!r} in {sides[group]} "
-                f"and {name}. Next: correct column {config.split_column!r}."
-            )
     return np.array([SPLITS.index(name) for name in names], np.uint8)
 
 
@@ -236,7 +234,10 @@ def image_reader(
 
     def read(uri: str) -> DecodedImage | RowFailure:
         if is_packed(uri):
-            return decode(read_packed(uri), size_px, limits)
+            try:
+                return decode(read_packed(uri), size_px, limits)
+            except NotFoundError:
+                return RowFailure(QuarantineCode.NOT_FOUND, "no such image")
         return _read_image(store_of(uri), uri, size_px, limits)
 
     return read

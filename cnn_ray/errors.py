@@ -16,6 +16,8 @@ class CnnRayError(Exception):
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    agreed: bool = False
+    """All ranks of a training raise this very error."""
 
 
 class ConfigError(CnnRayError):

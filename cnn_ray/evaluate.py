@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from cnn_ray.artifact import Artifact, load_artifact
-from cnn_ray.config import EvaluateConfig, LabelledScoresConfig
-from cnn_ray.dataset import decode_threads, image_reader, read_labelled_set
+from cnn_ray.config import DataConfig, EvaluateConfig, LabelledScoresConfig
+from cnn_ray.dataset import LabelledSet, absolute_uri, decode_threads, image_reader, read_labelled_set
 from cnn_ray.errors import DataError
 from cnn_ray.evaluation_page import build_page
 from cnn_ray.images import ImageCaps
@@ -45,18 +45,18 @@ def score_labelled(config: LabelledScoresConfig, artifact: Artifact) -> Labelled
         DataError: a label that the model does not know, no image on that side, or none that can be read.
         ArtifactError: damaged files, or this node lacks the engine or precision.
     """
-    labelled = read_labelled_set(config.data, split=config.split != "all")
+    labelled, split = judged_set(config, artifact)
     unknown = [label for label in labelled.labels if label not in artifact.labels]
     if unknown:
         raise DataError(
             f"Expected the labels of {artifact.reference}: {', '.join(artifact.labels[:20])}. Received: {unknown[0]!r} "
             f"in {config.data.uri}. Next: correct the labels, or name the right model."
         )
-    rows = np.arange(len(labelled.uris)) if config.split == "all" else labelled.rows(config.split)
+    rows = np.arange(len(labelled.uris)) if split == "all" else labelled.rows(split)
     if len(rows) == 0:
         raise DataError(
-            f"Expected images in {config.split} of {config.data.uri}. Received: none. "
-            f"Next: --split all, or data with a {config.split} part (data.test_fraction, data.split_column)."
+            f"Expected images in {split} of {config.data.uri}. Received: none. "
+            f"Next: --split all, or data with a {split} part (data.test_fraction, data.split_column)."
         )
     predictor = load_predictor(
         artifact, engine=config.engine, precision=config.precision, num_threads=config.num_threads
@@ -79,8 +79,39 @@ def score_labelled(config: LabelledScoresConfig, artifact: Artifact) -> Labelled
         sources=None if labelled.sources is None else tuple(labelled.sources[row] for row in rows),
         root_uri=labelled.root_uri,
         data_digest=labelled.digest(),
+        split=split,
         unreadable=unreadable,
     )
+
+
+def judged_set(config: LabelledScoresConfig, artifact: Artifact) -> tuple[LabelledSet, str]:
+    """(the labelled images, the side that is to be scored).
+
+    On the data that the model was trained on, a split that is drawn must be the one of the training: settings that are
+    not given are those of the training, and the result is compared with the digest in the artifact. Judging a model on
+    images that it learnt from by mistake would flatter it.
+
+    Raises:
+        DataError: the split is not that of the training.
+    """
+    told = artifact.description.training
+    learnt: dict[str, Any] = told.get("config", {}).get("data", {})
+    same = learnt.get("uri") == absolute_uri(config.data.uri)
+    side = config.split if config.split != "auto" else ("validation" if same else "all")
+    given = read_labelled_set(config.data, split=False)
+    if side == "all" or (len(given.rows(side)) and (config.data.split_column is not None or side == "test")):
+        return given, side
+    if not same:
+        return read_labelled_set(config.data), side
+    own = config.data.model_dump(include=config.data.model_fields_set)
+    labelled = read_labelled_set(DataConfig(**{**learnt, **own}))
+    if labelled.digest() != told["data_digest"]:
+        raise DataError(
+            f"Expected the split that {artifact.reference} was trained with. Received: another one, as images or "
+            f"settings of {config.data.uri} have changed since. Next: give {told['split_uri']} as the data, with "
+            "--data-split-column split."
+        )
+    return labelled, side
 
 
 def predict_images(
@@ -130,10 +161,10 @@ def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
         reference=artifact.reference,
         engine=scored.engine,
         precision=scored.precision,
-        split=config.split,
+        split=scored.split,
         data_uri=config.data.uri,
         data_digest=scored.data_digest,
-        earlier=_touch(config, artifact, scored.data_digest) if config.split == "test" else (),
+        earlier=_touch(config, artifact, scored.data_digest) if scored.split == "test" else (),
         unreadable=scored.unreadable,
         figures=figures(
             scored.scores,
@@ -150,7 +181,7 @@ def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
         groups=_parts(config, scored, scored.groups)[:GROUPS_SHOWN],
         mistakes=_mistakes(scored),
     )
-    folder = f"{artifact.name}/{artifact.version}/{scored.data_digest[:12]}-{config.split}"
+    folder = f"{artifact.name}/{artifact.version}/{scored.data_digest[:12]}-{scored.split}"
     store = open_store(f"{config.output_uri.rstrip('/')}/{folder}")
     store.put(JSON_FILE, json.dumps(as_json(result), indent=2).encode())
     page = build_page(result, scored, _thumbnails(result, scored))
@@ -162,9 +193,9 @@ def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
 def dry_run(config: EvaluateConfig) -> str:
     """What an evaluation would do, in one sentence."""
     artifact = load_artifact(config.models_uri, config.model)
-    labelled = read_labelled_set(config.data, split=config.split != "all")
-    count = len(labelled.uris) if config.split == "all" else len(labelled.rows(config.split))
-    return f"Would evaluate {artifact.reference} on {count} images of {config.data.uri} ({config.split})."
+    labelled, split = judged_set(config, artifact)
+    count = len(labelled.uris) if split == "all" else len(labelled.rows(split))
+    return f"Would evaluate {artifact.reference} on {count} images of {config.data.uri} ({split})."
 
 
 def as_json(result: EvaluationResult) -> dict[str, Any]:

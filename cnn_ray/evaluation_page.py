@@ -75,7 +75,7 @@ def _notes(result: EvaluationResult) -> str:
     if result.earlier:
         named = ", ".join(dict.fromkeys(result.earlier))
         notes.append(
-            f"This test set was used {len(result.earlier)} times before (by {named}): the more often versions are "
+            f"This test set was used before, {len(result.earlier)} x (by {named}): the more often versions are "
             "chosen on it, the less it says about new images."
         )
     if result.unreadable:

@@ -22,6 +22,8 @@ ENLARGED_WARNING = 3.0
 """Times by which images may be enlarged: beyond, the network computes on pixels that carry nothing."""
 RANGE_FACTOR = 3.0
 """Times by which the range of a backbone's input may differ from that of its preprocessing."""
+SHIFT = 0.26
+"""Share of that range by which its middle may lie elsewhere; 0..1 in place of -1..1 is 0.25."""
 PARAMETERS_PER_IMAGE = (2_000, 20_000)
 """Trainable parameters from scratch per training image: warning, error. A small ResNet on CIFAR-10 has 7, the
 tutorial's net on 480 drawings 255, an EfficientNetB0 on the 1,020 training images of 102 Flowers 4,100, and AlexNet
@@ -243,9 +245,13 @@ def _unfrozen(config: TrainConfig) -> list[Finding]:
             f"{'with' if tune.warmup_epochs else 'without'} warm-up",
             "Steps of this size overwrite the pretrained features before they can be adapted",
             f"set fine_tune.learning_rate to {limit:g} or less"
-            + ("" if tune.warmup_epochs or tune.optimizer == "sgd" else ", or fine_tune.warmup_epochs: 2"),
+            + (", or fine_tune.warmup_epochs: 2" if _may_warm_up(tune) else ""),
         )
     ]
+
+
+def _may_warm_up(phase: PhaseConfig) -> bool:
+    return not phase.warmup_epochs and phase.optimizer != "sgd" and phase.reduce_lr_on_plateau is None
 
 
 def _highest_rate(phase: PhaseConfig) -> float:
@@ -326,17 +332,23 @@ def _normalisation(config: TrainConfig, model: Any, pixels: np.ndarray) -> list[
                 "save images with values from 0 to 255: preprocessing is part of the model",
             )
         ]
-    ratio = (own_high - own_low) / (high - low)
-    if 1 / RANGE_FACTOR <= ratio <= RANGE_FACTOR:
+    span, ratio = high - low, (own_high - own_low) / (high - low)
+    shifted = abs(own_high + own_low - high - low) / 2 > SHIFT * span
+    other = config.model.weights is not None and used != architecture.preprocessing
+    if 1 / RANGE_FACTOR <= ratio <= RANGE_FACTOR and not shifted and not other:
         return []
+    if architecture.preprocessing == "inside_model":
+        why = "They are normalised twice: the network contains its own preprocessing"
+    elif other:
+        why = "The start weights were made for other values: their features mean nothing on these"
+    else:
+        why = "Inputs far from zero, or all close to it, stop or blow up the training"
     return [
         Finding(
             "unnormalised_pixels",
             "error",
             f"{seen}, and {wanted}",
-            "Unnormalised inputs stop or blow up the training"
-            if ratio > 1
-            else "They are normalised twice: the network contains its own preprocessing",
+            why,
             "leave model.preprocessing out",
         )
     ]

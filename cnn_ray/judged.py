@@ -26,6 +26,8 @@ class LabelledScores:
     sources: tuple[str, ...] | None
     root_uri: str
     data_digest: str
+    split: str
+    """The side that was scored."""
     unreadable: dict[str, int]
     """code -> number of images that are left out"""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,15 @@ class KnownRows:
 
 def is_packed(uri: str) -> bool:
     """Whether the uri names an image inside a packed set: `FILE.npz#00017`, `keras.datasets.cifar10#00017`."""
-    return ".npz#" in uri or uri.startswith(f"{KERAS_CIFAR10}#")
+    return re.fullmatch(r"(.+\.npz|keras\.datasets\.cifar10)#\d+", uri) is not None
 
 
 def read_packed(uri: str) -> bytes:
     """The encoded image behind the uri of a packed set.
 
     Raises:
-        DataError: the set cannot be had or has no such image.
+        DataError: the set cannot be had.
+        NotFoundError: it has no such image.
     """
     container, _, number = uri.rpartition("#")
     try:
@@ -51,8 +53,8 @@ def read_packed(uri: str) -> bytes:
             return _encode(_keras_cifar10()[0][int(number)])
         packed = _packed(container)
         return packed.data[packed.offsets[int(number)] : packed.offsets[int(number) + 1]]
-    except (IndexError, ValueError):
-        raise DataError(f"Expected an image of {container}. Received: {uri}. Next: correct the manifest.") from None
+    except IndexError:
+        raise NotFoundError(f"Expected an image of {container}. Received: {uri}. Next: correct it.") from None
 
 
 def cifar10_rows(uri: str) -> KnownRows:

@@ -76,6 +76,15 @@ def _folder_rows(uri: str) -> tuple[str, LabelledRows]:
     return store.uri, LabelledRows(uris, names)
 
 
+def _resolve(root_uri: str, value: str) -> str | None:
+    """The location of a manifest's entry; a packed set is a file like any other, and must be allowed like one."""
+    if not is_packed(value) or value.startswith(f"{KERAS_CIFAR10}#"):
+        return value if is_packed(value) else resolve_uri(root_uri, value)
+    container, _, number = value.rpartition("#")
+    resolved = resolve_uri(root_uri, container)
+    return None if resolved is None else f"{resolved}#{number}"
+
+
 def _manifest_rows(config: DataConfig) -> tuple[str, LabelledRows]:
     table = read_manifest_table(config.uri)
     root = open_store(split_uri(config.uri)[0])
@@ -97,7 +106,7 @@ def _manifest_rows(config: DataConfig) -> tuple[str, LabelledRows]:
 
     uris: list[str] = []
     for value in column(config.uri_column, "uri_column"):
-        resolved = value if is_packed(value) else resolve_uri(root.uri, value)
+        resolved = _resolve(root.uri, value)
         if resolved is None:
             raise DataError(
                 f"Expected image locations below {root.uri} or s3://. Received: {value!r} in {config.uri}. "

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from cnn_ray.artifact import load_artifact, read_aliases, set_alias
+from cnn_ray.artifact import Artifact, load_artifact, read_aliases, set_alias
 from cnn_ray.config import PromoteConfig
 from cnn_ray.errors import ArtifactError, ConfigError, PromotionRefusedError
 from cnn_ray.evaluate import score_labelled
@@ -36,6 +36,10 @@ class Verdict:
     data_uri: str
     data_digest: str
     split: str
+    threshold: float
+    champion_threshold: float | None
+    note: str = ""
+    """What the metric does not see."""
 
     @property
     def sentence(self) -> str:
@@ -119,8 +123,33 @@ def judge(config: PromoteConfig) -> Verdict:
         images=len(new.truth),
         data_uri=config.data.uri,
         data_digest=new.data_digest,
-        split=config.split,
+        split=new.split,
+        threshold=candidate.threshold,
+        champion_threshold=None if champion is None else champion.threshold,
+        note=_note(candidate, champion),
     )
+
+
+def _note(candidate: Artifact, champion: Artifact | None) -> str:
+    if champion is None or champion.description.calibration is None or candidate.description.calibration is not None:
+        return ""
+    return (
+        f"{champion.reference} has a calibrated threshold ({champion.threshold:.4g}), {candidate.reference} has none "
+        f"({candidate.threshold:.4g}): it may flag far more. Next: cnn-ray model calibrate {candidate.reference}."
+    )
+
+
+def refuse_worse(config: PromoteConfig, verdict: Verdict) -> None:
+    """Nothing, unless the version is worse beyond noise and not forced.
+
+    Raises:
+        PromotionRefusedError: it is.
+    """
+    if verdict.worse and not config.force:
+        raise PromotionRefusedError(
+            f"Expected a version that is not worse than {verdict.champion}. Received: {verdict.sentence} "
+            "Next: train a better one, or --force --reason TEXT."
+        )
 
 
 def promote(config: PromoteConfig, verdict: Verdict) -> None:
@@ -131,11 +160,7 @@ def promote(config: PromoteConfig, verdict: Verdict) -> None:
     """
     if verdict.champion == verdict.reference:
         return
-    if verdict.worse and not config.force:
-        raise PromotionRefusedError(
-            f"Expected a version that is not worse than {verdict.champion}. Received: {verdict.sentence} "
-            "Next: train a better one, or --force --reason TEXT."
-        )
+    refuse_worse(config, verdict)
     name, _, version = verdict.reference.partition("@")
     store = open_store(f"{config.models_uri.rstrip('/')}/{name}")
     record = {

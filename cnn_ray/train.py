@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn_ray.config import TrainConfig, build_config
-from cnn_ray.dataset import LabelledSet, read_labelled_set, sample_images, write_split
-from cnn_ray.errors import CnnRayError, ConfigError, NotFoundError, RunInterruptedError, TrainingError
+from cnn_ray.dataset import LabelledSet, absolute_uri, read_labelled_set, sample_images, write_split
+from cnn_ray.errors import CnnRayError, ConfigError, DataError, NotFoundError, RunInterruptedError, TrainingError
 from cnn_ray.guards import Finding, check_config, check_model, raise_errors
-from cnn_ray.known_sets import KERAS_CIFAR10
+from cnn_ray.lease import Lease
 from cnn_ray.model import check_definition, input_size_px
 from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_session import connected
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 FINISHED = "_finished.json"
 CONFIG = "_config.json"
-SPLIT = "_split.parquet"
 OnEpoch = Callable[[dict[str, Any]], None]
 OnFinding = Callable[[Finding], None]
 
@@ -46,6 +45,7 @@ HARMLESS = frozenset(
 )
 """Fields that decide how a run is computed but not what comes of it: a resumed run may change them."""
 SAMPLE_IMAGES = 64
+LEASE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,10 @@ def run_training(
         GuardError: a guard found a mistake that `allow` does not name.
         StorageError: data, models or runs cannot be read or written.
         TrainingError: workers failed more often than max_failures.
+        BusyError: another driver works on this very run.
         RunInterruptedError: Ctrl-C; the same command goes on from the last checkpoint.
     """
-    from cnn_ray.train_worker import TrainJob
+    from cnn_ray.train_worker import SPLIT, TrainJob
 
     config, labelled, findings = _checked(config)
     run_name = _run_name(config, labelled)
@@ -97,19 +98,20 @@ def run_training(
             f"of their own. Next: restore the data, or start anew without --resume."
         )
     store = open_store(job.run_uri)
-    store.put(CONFIG, config.model_dump_json(indent=2).encode())
-    store.put(SPLIT, write_split(labelled))
     # Read by Ray when it starts: 2 s otherwise, waited several times in a run.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # an actor that waits for the cloud's notice
     cores = max(cpu_count(), config.num_workers)
-    with connected(num_cpus=cores) as local, _epochs(on_epoch, on_finding) as progress_file:
-        outcome = _fit(job, run_name, progress_file, local)
-    if outcome.error is not None:
-        raise outcome.error
-    result = TrainResult(outcome.reference, outcome.artifact_uri, outcome.metrics or {}, job.run_uri)
-    open_store(job.run_uri).put(FINISHED, json.dumps({"reference": result.reference}).encode())
+    with Lease(store, LEASE_S):  # two drivers in one folder would remove each other's checkpoints
+        store.put(CONFIG, config.model_dump_json(indent=2).encode())
+        store.put(SPLIT, write_split(labelled))
+        with connected(num_cpus=cores) as local, _epochs(on_epoch, on_finding) as progress_file:
+            outcome = _fit(job, run_name, progress_file, local)
+        if outcome.error is not None:
+            raise outcome.error
+        result = TrainResult(outcome.reference, outcome.artifact_uri, outcome.metrics or {}, job.run_uri)
+        store.put(FINISHED, json.dumps({"reference": result.reference}).encode())
     return result
 
 
@@ -120,6 +122,10 @@ def _checked(config: TrainConfig) -> tuple[TrainConfig, LabelledSet, list[Findin
     labelled = read_labelled_set(config.data)
     _check_positive_label(config, labelled)
     images = sample_images(labelled, "train", SAMPLE_IMAGES, input_size_px(config.model))
+    if not images:
+        raise DataError(
+            f"Expected readable images in {config.data.uri}. Received: none of those looked at. Next: check data.uri."
+        )
     findings = check_config(config, labelled, [(image.width_px, image.height_px) for image in images])
     raise_errors(findings, config.allow)
     return config, labelled, findings
@@ -184,8 +190,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     if model.weights is not None and model.weights != "imagenet" and not model.weights.startswith("s3://"):
         model = model.model_copy(update={"weights": open_store(model.weights).uri})
     locations = {field: open_store(getattr(config, field)).uri for field in ("models_uri", "runs_uri")}
-    uri = config.data.uri
-    data = config.data.model_copy(update={"uri": uri if uri == KERAS_CIFAR10 else open_store(uri).uri})
+    data = config.data.model_copy(update={"uri": absolute_uri(config.data.uri)})
     return config.model_copy(update={**locations, "data": data, "model": model})
 
 

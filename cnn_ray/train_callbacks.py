@@ -108,7 +108,7 @@ def _tensorboard(folder: Path) -> Any:
 
     class TensorBoard(keras.callbacks.Callback):
         def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-            with SummaryWriter(str(folder)) as writer:
+            with SummaryWriter(str(folder), filename_suffix=f".{epoch:05}") as writer:
                 for name, value in (logs or {}).items():
                     writer.add_scalar(f"epoch_{name}", value, epoch)
 
@@ -123,8 +123,9 @@ def fetch_log(store: Store, folder: Path, resumed_epochs: int) -> None:
         (folder / CSV_FILE).write_text("".join(lines[: resumed_epochs + 1]), encoding="utf-8")
 
 
-def upload(store: Store, folder: Path) -> None:
-    """Afterwards the run's folder holds the logs as they are now."""
+def upload(store: Store, folder: Path, sent: dict[Path, int]) -> None:
+    """Afterwards the run's folder holds the logs as they are now; `sent` remembers which need not go again."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and sent.get(path) != path.stat().st_mtime_ns:
+            sent[path] = path.stat().st_mtime_ns
             store.put_file(path.relative_to(folder).as_posix(), path)

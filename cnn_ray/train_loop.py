@@ -126,7 +126,9 @@ class Trainer:
     def _run_phase(self, phase: Phase, callbacks: list[Any], after_epoch: AfterEpoch, resume_from: Path | None) -> None:
         import keras
 
+        started = time.monotonic()
         part = self._compile(phase)
+        prepared_s = time.monotonic() - started if phase.view is not None else 0.0
         if resume_from is not None:
             restore_model(resume_from, self.model, part.model.optimizer)
         steps = _Steps(self.world, part.model, self.objective)
@@ -142,6 +144,7 @@ class Trainer:
             logs = self._run_epoch(phase, part, steps, listeners, _wants_batches(callbacks))
             position.stopped = self._agree_on_stop(part.model)
             position.epoch += 1
+            logs["duration_s"], prepared_s = round(logs["duration_s"] + prepared_s, 3), 0.0
             position.history.append(logs)
             optimizer = part.model.optimizer
             after_epoch(logs, lambda folder: save_state(folder, self.model, optimizer, position, callbacks))  # noqa: B023

@@ -21,8 +21,8 @@ import numpy as np
 from cnn_ray.artifact import sha256_of
 from cnn_ray.batches import Batches, DecodedPixels, make_batches
 from cnn_ray.config import ModelDefinition, TrainConfig
-from cnn_ray.dataset import LabelledSet, share_of_rank
-from cnn_ray.errors import CnnRayError
+from cnn_ray.dataset import MAX_UNREADABLE_RATE, LabelledSet, share_of_rank
+from cnn_ray.errors import CnnRayError, DataError
 from cnn_ray.guards import Finding, check_model, raise_errors
 from cnn_ray.losses import class_weights, image_losses
 from cnn_ray.storage import open_store
@@ -39,6 +39,8 @@ SAMPLE_IMAGES = 64
 """Training images that the guards look at."""
 EXPORT_IMAGES = 512
 """Validation images that the engines are compared on at export."""
+SPLIT = "_split.parquet"
+"""The split as a manifest, in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,15 @@ def run_worker(settings: dict[str, TrainJob]) -> WorkerOutcome | None:
     try:
         return _train_and_publish(settings["job"])
     except CnnRayError as error:
-        if error.retryable:
-            raise
+        if error.retryable or not (error.agreed or _is_rank_0()):
+            raise  # the others wait for this rank: only a failure of it ends them
         return WorkerOutcome(error=error)
+
+
+def _is_rank_0() -> bool:
+    import ray.train
+
+    return ray.train.get_context().get_world_rank() == 0
 
 
 def _train_and_publish(job: TrainJob) -> WorkerOutcome | None:
@@ -84,9 +92,9 @@ def _train_and_publish(job: TrainJob) -> WorkerOutcome | None:
     data = _Data.begin(job, context.get_world_rank(), context.get_world_size())
     try:
         world = _join_world(job.config, context.get_local_world_size())
-        model, findings = _agree_on_model(job, world, data)
-        history = _train(job, world, model, data, findings)
-        return _publish(job, model, data, history, findings) if world.rank == 0 else None
+        model, told = _agree_on_model(job, world, data)
+        history = _train(job, world, model, data, told["findings"])
+        return _publish(job, model, data, history, told) if world.rank == 0 else None
     finally:
         data.close()
 
@@ -117,6 +125,9 @@ class _Data:
             )
         return _Data(sources, batches)
 
+    def unreadable(self) -> tuple[int, int]:
+        return sum(s.unreadable for s in self.sources.values()), sum(len(b.label_ids) for b in self.batches.values())
+
     def wait(self) -> None:
         for source in self.sources.values():
             source.wait()
@@ -126,8 +137,8 @@ class _Data:
             source.close()
 
 
-def _agree_on_model(job: TrainJob, world: World, data: _Data) -> tuple[keras.Model, list[Finding]]:
-    """The model with start weights on every rank, and what the guards saw; one rank's error is raised by all."""
+def _agree_on_model(job: TrainJob, world: World, data: _Data) -> tuple[keras.Model, dict[str, Any]]:
+    """The model with start weights on every rank, and what to record of it; one rank's error is raised by all."""
     from cnn_ray.model import build_classifier, fetch_weights
 
     config, classes = job.config, len(job.labelled.labels)
@@ -139,6 +150,13 @@ def _agree_on_model(job: TrainJob, world: World, data: _Data) -> tuple[keras.Mod
         data.wait()
     except CnnRayError as caught:
         error = caught
+    world.agree(error)
+    unreadable, images = world.sum(np.array(data.unreadable()))
+    if unreadable > MAX_UNREADABLE_RATE * images:
+        error = DataError(
+            f"Expected readable images. Received: {unreadable:.0f} of {images:.0f} unreadable in {config.data.uri}. "
+            "Next: check data.uri and data.uri_column."
+        )
     world.agree(error)
     with world.strategy.scope(), world.explained():
         model = build_classifier(config.model, classes, seed=config.seed, weights_path=weights_path)
@@ -152,7 +170,9 @@ def _agree_on_model(job: TrainJob, world: World, data: _Data) -> tuple[keras.Mod
     except CnnRayError as caught:
         error = caught
     world.agree(error)
-    return model, [*job.findings, *findings]
+    digest = sha256_of(weights_path) if weights_path is not None and world.rank == 0 else None
+    told = [asdict(finding) for finding in (*job.findings, *findings)]
+    return model, {"findings": told, "weights_sha256": digest, "split_uri": f"{job.run_uri}/{SPLIT}"}
 
 
 def _join_world(config: TrainConfig, workers_here: int) -> World:
@@ -213,7 +233,7 @@ def _objective(job: TrainJob) -> Objective:
 
 
 def _train(
-    job: TrainJob, world: World, model: keras.Model, data: _Data, findings: list[Finding]
+    job: TrainJob, world: World, model: keras.Model, data: _Data, findings: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Logs of every epoch; each is reported with a checkpoint, the first one with what the guards saw."""
     import ray.train
@@ -227,7 +247,7 @@ def _train(
         world, model, data.batches["train"], data.batches["validation"], seed=config.seed, objective=_objective(job)
     )
     with tempfile.TemporaryDirectory(prefix="cnn_ray-logs-") as logs_folder, _last_checkpoint() as resumed:
-        folder = Path(logs_folder)
+        folder, sent = Path(logs_folder), {}
         writes = world.rank == 0 and bool(config.logs)
         if writes:
             fetch_log(store, folder, len(read_position(resumed).history) if resumed else 0)
@@ -241,9 +261,9 @@ def _train(
                 ray.train.report(logs)
                 return
             if writes:
-                upload(store, folder)
+                upload(store, folder, sent)
             if logs["epoch"] == 1 and findings:
-                logs = {**logs, "findings": [asdict(finding) for finding in findings]}
+                logs = {**logs, "findings": findings}
             with tempfile.TemporaryDirectory(prefix="cnn_ray-checkpoint-") as checkpoint:
                 save(Path(checkpoint))
                 ray.train.report(logs, checkpoint=ray.train.Checkpoint.from_directory(checkpoint))
@@ -265,21 +285,23 @@ def _last_checkpoint() -> Iterator[Path | None]:
 
 
 def _publish(
-    job: TrainJob, model: keras.Model, data: _Data, history: list[dict[str, Any]], findings: list[Finding]
+    job: TrainJob, model: keras.Model, data: _Data, history: list[dict[str, Any]], told: dict[str, Any]
 ) -> WorkerOutcome:
     """The published model, rebuilt outside the strategy and in float32 so that the export sees plain variables."""
     import keras
 
     from cnn_ray.export import publish_artifact
-    from cnn_ray.model import build_classifier, fetch_weights
+    from cnn_ray.model import build_classifier
     from cnn_ray.train_loop import TIMINGS
 
     config, labelled, validation = job.config, job.labelled, data.batches["validation"]
     pixels, readable = validation.source.take(np.arange(min(EXPORT_IMAGES, len(validation.label_ids))))
+    if not readable.any():
+        raise DataError("Expected readable validation images. Received: none. Next: check the files of data.uri.")
     keras.config.set_dtype_policy("float32")
     plain = build_classifier(_without_weights(config.model), len(labelled.labels), seed=config.seed)
     plain.set_weights(model.get_weights())
-    last = {name: value for name, value in (history[-1] if history else {}).items() if name not in TIMINGS}
+    last = {name: value for name, value in published_epoch(config, history).items() if name not in TIMINGS}
     artifact = publish_artifact(
         plain,
         models_uri=config.models_uri,
@@ -297,12 +319,22 @@ def _publish(
             "metrics": last,
             "history": history,
             "run_uri": job.run_uri,
-            "findings": [asdict(finding) for finding in findings],
             "parameters": plain.count_params(),
-            "weights_sha256": sha256_of(start) if (start := fetch_weights(config.model)) else None,
+            **told,
         },
     )
     return WorkerOutcome(artifact.reference, artifact.uri, last)
+
+
+def published_epoch(config: TrainConfig, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Logs of the epoch whose weights are published: the last one, or the best where EarlyStopping went back to it."""
+    if not history:
+        return {}
+    last = history[-1]
+    phase = config.fine_tune if last["phase"] == "fine_tune" and config.fine_tune is not None else config.train
+    if phase.early_stopping is None:
+        return last
+    return min((logs for logs in history if logs["phase"] == last["phase"]), key=lambda logs: logs["val_loss"])
 
 
 def _without_weights(definition: ModelDefinition) -> ModelDefinition:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,3 +204,87 @@ def test_help_is_quick_and_imports_no_framework():
         arguments = [*verb, "--help"]
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """Class folders with eight images each."""
+    root = tmp_path / "labelled"
+    for number, label in enumerate(("legitimate", "phishing")):
+        (root / label).mkdir(parents=True)
+        for k in range(8):
+            (root / label / f"{k}.png").write_bytes(image_bytes(100 * number + k))
+    return root
+
+
+def test_evaluate_prints_figures_and_where_the_page_is(capsys, tmp_path, labelled, small_models):
+    command = ("evaluate", "small@1", labelled, "--models-uri", small_models, "--output-uri", tmp_path / "out")
+    code, out, _ = run(capsys, *command, "--bootstrap-samples", "100")
+    assert code == 0
+    assert re.search(r"images +│ 16 ", out)
+    assert "8 negatives are too few" in " ".join(out.split())
+    page = next(line for line in out.splitlines() if line.startswith("Page: ")).removeprefix("Page: ")
+    assert Path(page).read_text().startswith("<!doctype html>")
+    code, out, _ = run(capsys, *command, "--dry-run")
+    assert (code, "Would evaluate small@1 on 16 images" in out) == (0, True)
+
+
+def test_calibrate_and_promote_end_to_end(capsys, tmp_path, labelled, small_models):
+    models = tmp_path / "models"
+    shutil.copytree(small_models, models)
+    judged = (labelled, "--models-uri", models, "--split", "all", "--bootstrap-samples", "100")
+    code, out, _ = run(capsys, "model", "calibrate", "small@1", *judged, "--max-fpr", "0.2", "--dry-run")
+    assert (code, "Nothing was written." in out) == (0, True)
+    code, out, _ = run(capsys, "model", "calibrate", "small@1", *judged, "--max-fpr", "0.001")
+    assert code == 0
+    assert "8 negatives are too few for a false-positive rate of 0.10%, which needs 1,000" in out
+    assert f"Model: small@2 in {models}/small/2" in out
+    code, out, _ = run(capsys, "model", "promote", "small@2", *judged)
+    assert (code, "takes it" in out) == (0, True)
+    assert json.loads((models / "small" / "aliases.json").read_text()) == {"champion": 2}
+    code, _, err = run(capsys, "model", "promote", "small@1", *judged, "--force")
+    assert (code, "Expected --reason with --force" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("train", "--resume", "nowhere"), 2, "Expected the folder of a training run"),
+        (("train", "--resume", "nowhere", "--seed", "3"), 2, "Received: seed"),
+        (("train", "--name", "x", "--data-uri", "nowhere"), 2, "nowhere"),
+        (("train", "--name", "x", "--data-uri", "nowhere", "--train-schedule", "linear"), 2, "'cosine'"),
+        (("evaluate", "small@1"), 2, "data"),
+        (("compare", "--config", "nowhere.yaml"), 2, "No such file"),
+        (("model", "promote", "small@1", "nowhere"), 3, "Expected model small@1"),
+    ],
+)
+def test_mistakes_in_the_verbs_of_models_have_one_sentence(capsys, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    got, _, err = run(capsys, *arguments)
+    assert got == code, err
+    assert message in err
+
+
+def test_a_guard_stops_a_training_before_ray_starts_and_can_be_allowed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for label, count in (("a", 30), ("b", 3)):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for k in range(count):
+            (tmp_path / "set" / label / f"{k}.png").write_bytes(image_bytes(1000 * ord(label) + k))
+    command = ("train", "--name", "x", "--data-uri", "set", "--model-augmentation", "photo")
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert "Expected a training without too_few_per_class" in err
+    assert "--allow too_few_per_class" in err
+    code, out, _ = run(capsys, *command, "--allow", "too_few_per_class,class_imbalance", "--dry-run")
+    assert code == 0
+    assert "Would train simple_cnn" in out
+
+
+def test_a_preview_of_the_augmentation_is_drawn(capsys, tmp_path, labelled):
+    command = ("train", "--name", "x", "--data-uri", labelled, "--preview-augmentation", tmp_path / "sheet.png")
+    code, out, _ = run(capsys, *command, "--model-augmentation", "screenshot")
+    assert (code, str(tmp_path / "sheet.png") in out) == (0, True)
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(capsys, *command)
+    assert (code, "Expected an augmentation to preview" in err) == (2, True)

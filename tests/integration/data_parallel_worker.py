@@ -310,13 +310,13 @@ def logs(world: World, folder: Path) -> dict[str, Any]:
     saved: list[Path] = []
 
     def train(number: int, resumed: Path | None, epochs: int) -> Trainer:
-        local = folder / f"local_{number}"
+        local, sent = folder / f"local_{number}", {}
         if world.rank == 0:
             fetch_log(store, local, 2 if resumed else 0)
 
         def keep(_logs: dict[str, Any], save: Any) -> None:
             if world.rank == 0:
-                upload(store, local)
+                upload(store, local, sent)
             saved.append(folder / f"epoch_{len(saved)}")
             saved[-1].mkdir()
             save(saved[-1])

@@ -159,7 +159,7 @@ def test_a_test_set_remembers_who_was_judged_on_it(models, data, tmp_path):
     first = run_evaluation(judged(EvaluateConfig, str(own), split, tmp_path, split="test"))
     second = run_evaluation(judged(EvaluateConfig, str(own), split, tmp_path, model="red@2", split="test"))
     assert (first.earlier, second.earlier) == ((), ("red@1",))
-    assert "used 1 times before (by red@1)" in Path(second.page_uri).read_text()
+    assert "used before, 1 x (by red@1)" in Path(second.page_uri).read_text()
     assert first.figures.images == IMAGES / 2
     other = run_evaluation(judged(EvaluateConfig, str(own), split, tmp_path, split="validation"))
     assert other.earlier == ()
@@ -217,6 +217,77 @@ def test_calibration_needs_positives_negatives_and_a_positive_label(models, data
     monkeypatch.setattr(calibration, "load_artifact", lambda *_: type(artifact)(artifact.uri, artifact.digest, plain))
     with pytest.raises(ConfigError, match="positive label"):
         fit_calibration(judged(CalibrateConfig, models, data, tmp_path))
+
+
+def test_neighbouring_scores_do_not_break_the_budget():
+    """Between two float32 that are neighbours lies no third: half-way would round to the negative itself."""
+    low = np.float32(1 - 2 * 2**-24)
+    high = np.nextafter(low, np.float32(2))
+    score = np.array([0.1] * 98 + [low, high], np.float32)
+    positive = np.arange(100) == 99
+    threshold = threshold_at(score, positive, 0.001)
+    assert (score >= threshold).tolist() == positive.tolist()
+
+
+def test_a_set_without_mistakes_does_not_sharpen_the_scores():
+    scores = np.array([[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    assert fit_temperature(scores, np.array([0, 1, 0])) == 1.0
+
+
+def trained_on(models: str, data: DataConfig) -> None:
+    """Writes into red@1 that it was trained on the data."""
+    from cnn_ray.dataset import absolute_uri, read_labelled_set
+
+    described = Path(models, "red", "1", "artifact.json")
+    told = json.loads(described.read_text())
+    own = json.loads(data.model_dump_json()) | {"uri": absolute_uri(data.uri)}
+    told["training"] = {
+        "config": {"data": own},
+        "data_digest": read_labelled_set(data).digest(),
+        "split_uri": "runs/red/_split.parquet",
+    }
+    described.write_text(json.dumps(told))
+
+
+def test_on_its_own_data_a_model_is_judged_by_the_split_of_its_training(models, data, tmp_path):
+    own = str(tmp_path / "models")
+    shutil.copytree(models, own)
+    learnt = data.model_copy(update={"validation_fraction": 0.3, "test_fraction": 0.2, "split_seed": 5})
+    trained_on(own, learnt)
+    bare = DataConfig(uri=data.uri, uri_column="file")
+    artifact = load_artifact(own, "red@1")
+    validation = score_labelled(judged(EvaluateConfig, own, bare, tmp_path, split="auto"), artifact)
+    test = score_labelled(judged(EvaluateConfig, own, bare, tmp_path, split="test"), artifact)
+    assert validation.split == "validation"
+    assert 0.2 < len(validation.truth) / IMAGES < 0.3
+    assert 0.15 < len(test.truth) / IMAGES < 0.25
+    assert not set(validation.groups) & set(test.groups)
+    other = DataConfig(uri=data.uri, uri_column="file", split_seed=6)
+    with pytest.raises(DataError, match=r"Expected the split.*_split\.parquet.*--data-split-column split"):
+        score_labelled(judged(EvaluateConfig, own, other, tmp_path, split="validation"), artifact)
+
+
+def test_data_of_one_side_alone_are_judged(models, data, tmp_path):
+    manifest = Path(data.uri)
+    alone = manifest.with_name("alone.csv")
+    lines = manifest.read_text().splitlines()
+    alone.write_text("\n".join([lines[0], *(line for line in lines if line.endswith(",test"))]))
+    config = DataConfig(uri=str(alone), uri_column="file", split_column="side")
+    artifact = load_artifact(models, "red@1")
+    scored = score_labelled(judged(EvaluateConfig, models, config, tmp_path, split="test"), artifact)
+    assert len(scored.truth) == IMAGES / 2
+    whole = score_labelled(judged(EvaluateConfig, models, data, tmp_path, split="auto"), artifact)
+    assert (whole.split, len(whole.truth)) == ("all", IMAGES)
+
+
+def test_a_candidate_without_the_champions_calibration_is_noted(models, data, tmp_path):
+    own = str(tmp_path / "models")
+    shutil.copytree(models, own)
+    _, calibrated = run_calibration(judged(CalibrateConfig, own, data, tmp_path, max_fpr=0.05))
+    set_alias(own, "red", "champion", calibrated.version)
+    verdict = promotion.judge(judged(PromoteConfig, own, data, tmp_path))
+    assert "red@4 has a calibrated threshold" in verdict.note
+    assert verdict.threshold == 0.5
 
 
 def test_temperature_is_found_again():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import image_bytes
 from rich.console import Console
 
 from cnn_ray import compare
@@ -16,9 +17,8 @@ from cnn_ray.compare_page import PUBLISHED, build_page, table_cells
 from cnn_ray.comparison_rows import ComparisonResult, Failure, Row, Spread, Training
 from cnn_ray.config import CompareConfig, TrainConfig
 from cnn_ray.console_training import print_comparison
-from cnn_ray.errors import ConfigError, RunInterruptedError, TrainingError
+from cnn_ray.errors import ArtifactError, ConfigError, RunInterruptedError, TrainingError
 from cnn_ray.train import TrainResult
-from tests.factories import image_bytes
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 
@@ -67,6 +67,7 @@ def measured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(compare, "_measure", measure)
     monkeypatch.setattr(compare, "_throughputs", lambda config, done: {"small": (100.0, None), "large": (50.0, None)})
+    monkeypatch.setattr(compare, "load_artifact", lambda _uri, reference: reference)
     write_classes(tmp_path / "images")
     return tmp_path
 
@@ -85,6 +86,20 @@ def test_every_variant_and_seed_is_trained_once_and_summed_up(measured):
     assert [row["variant"] for row in written["rows"]] == ["small", "large"]
     assert len(written["trainings"]) == 4
     assert (measured / "comparisons/nets/comparison.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_kept_training_whose_version_was_removed_is_trained_anew(measured, monkeypatch):
+    compare.run_comparison(comparison(measured), train=InventedTraining())
+
+    def load(_uri: str, reference: str) -> str:
+        if reference == "nets-large@1":
+            raise ArtifactError("removed")
+        return reference
+
+    monkeypatch.setattr(compare, "load_artifact", load)
+    again = InventedTraining()
+    compare.run_comparison(comparison(measured), train=again)
+    assert again.seen == [("nets-large", 0), ("nets-large", 1)]
 
 
 def test_a_finished_training_is_kept_and_one_that_changed_is_not(measured):

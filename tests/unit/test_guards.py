@@ -81,11 +81,13 @@ def test_wide_images_pressed_into_a_square_are_no_mistake():
 @pytest.mark.parametrize(
     ("model", "pixels", "why"),
     [
-        ({"architecture": "lenet5", "preprocessing": "none"}, noise(), "Unnormalised"),
+        ({"architecture": "lenet5", "preprocessing": "none"}, noise(), "far from zero"),
         ({"architecture": "EfficientNetB0", "input_size_px": 32, "preprocessing": "zero_to_one"}, noise(), "twice"),
         ({"architecture": "simple_cnn"}, noise(high=2), "divided by 255"),
+        ({"architecture": "VGG16", "input_size_px": 32, "preprocessing": "none"}, noise(), "far from zero"),
+        ({"architecture": "MobileNetV2", "input_size_px": 32, "preprocessing": "none"}, noise(), "far from zero"),
     ],
-    ids=["not at all", "twice", "before saving"],
+    ids=["not at all", "twice", "before saving", "raw for Caffe's weights", "raw"],
 )
 def test_pixels_not_normalised_or_twice(model, pixels, why):
     from cnn_ray.model import build_classifier
@@ -95,6 +97,18 @@ def test_pixels_not_normalised_or_twice(model, pixels, why):
     found = only([f for f in findings if f.guard != "too_many_parameters"])
     assert (found.guard, found.severity) == ("unnormalised_pixels", "error")
     assert why in found.why
+
+
+@pytest.mark.parametrize(("weights", "seen"), [("w.weights.h5", True), (None, False)])
+def test_another_preprocessing_is_a_mistake_with_start_weights_alone(weights, seen):
+    from cnn_ray.model import build_classifier
+
+    model = {"architecture": "MobileNetV2", "input_size_px": 32, "preprocessing": "zero_to_one"}
+    built = build_classifier(configuration({**model, "weights": None}).model, 2)
+    findings = check_model(configuration({**model, "weights": weights}), labelled_set((4000, 4000)), built, noise())
+    found = [f for f in findings if f.guard == "unnormalised_pixels"]
+    assert bool(found) == seen
+    assert not seen or "made for other values" in found[0].why
 
 
 @pytest.mark.parametrize(
