@@ -104,7 +104,7 @@ def _curves(result: ComparisonResult, name: str, label: str) -> str:
     series = [Series(one.variant, list(enumerate(one.curves[name], 1))) for one in result.rows]
     values = [value for one in result.rows for value in one.curves[name]]
     longest = max((len(one.curves[name]) for one in result.rows), default=1)
-    return chart(name, series, Axis("epoch", 1, max(longest, 2)), axis_of(label, values))
+    return chart(name, series, Axis("epoch", 1, max(longest, 2), whole=True), axis_of(label, values))
 
 
 def _against(result: ComparisonResult, cost: str) -> str:
@@ -130,19 +130,19 @@ def _published(result: ComparisonResult) -> str:
             (
                 one.variant,
                 one.architecture,
+                known.source,
                 str(known.year),
                 cell(known.top_1),
                 cell(known.top_5),
                 cell(one.top_k["1"].mean),
                 cell(one.top_k["5"].mean if "5" in one.top_k else None),
-                known.source,
             ),
-            numbers_from=2,
+            numbers_from=3,
         )
         for one in result.rows
         if (known := PUBLISHED.get(one.architecture)) is not None
     ]
     if not rows:
         return '<p class="soft">Nothing is published for these.</p>'
-    head = ("variant", "architecture", "#year", "#top-1", "#top-5", "#top-1 here", "#top-5 here", "source")
+    head = ("variant", "architecture", "source", "#year", "#top-1", "#top-5", "#top-1 here", "#top-5 here")
     return f'<div class="wide">{table(head, rows)}</div>'

@@ -133,9 +133,9 @@ def _curves(scored: LabelledScores, found: BinaryFigures | None) -> str:
 
 def _reliability(found: Figures) -> str:
     points = [(one.confidence, one.accuracy) for one in found.bins]
-    series = [Series("right answers", points), Series("", points, "dots", [f"{one.count:,}" for one in found.bins])]
+    series = [Series("right answers", points), Series("", points, "dots")]
     drawn = chart("Reliability", series, Axis("confidence", *UNIT), Axis("accuracy", *UNIT), diagonal=True)
-    return drawn + f'<p class="soft">Calibration error {shown(found.calibration_error)}; numbers are images.</p>'
+    return drawn + f'<p class="soft">Calibration error {shown(found.calibration_error)}.</p>'
 
 
 def _classes(found: Figures) -> str:

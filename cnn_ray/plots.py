@@ -10,7 +10,7 @@ from typing import Literal
 from cnn_ray.page import text
 
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 44, 390, 10, 208
+LEFT, RIGHT, TOP, BOTTOM = 54, 390, 10, 208
 COLOURS = 6
 
 
@@ -32,6 +32,8 @@ class Axis:
     low: float
     high: float
     log: bool = False
+    whole: bool = False
+    """Only whole numbers have ticks."""
 
     def share(self, value: float) -> float:
         """Where the value lies between the ends, 0 to 1; values beyond stay at the end."""
@@ -51,6 +53,7 @@ class Axis:
             return [self.low]
         power = 10.0 ** math.floor(math.log10(span / 4))
         step = next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= 5)
+        step = max(step, 1.0) if self.whole else step
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
