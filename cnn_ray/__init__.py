@@ -56,7 +56,8 @@ Jobs.
     train_state.py    what a checkpoint holds
     train_loop.py     the data-parallel epoch loop
     train_worker.py   what one Ray Train worker does: load, train, publish
-    train.py          the Ray Train driver
+    train_ray.py      a training handed to Ray Train
+    train.py          configuration -> a run, checked, resumed, published
     metrics.py        figures of scores against the truth, with intervals
     judged.py         what an evaluation is made of
     page.py           what the HTML pages share

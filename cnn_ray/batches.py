@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cnn_ray.dataset import MAX_UNREADABLE_RATE, decode_threads, image_reader
+from cnn_ray.dataset import decode_threads, image_reader
 from cnn_ray.errors import DataError
 from cnn_ray.records import RowFailure
 
@@ -30,6 +30,7 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 READ_AHEAD = 4
 """Batches that are made before they are asked for."""
+MAX_UNREADABLE_RATE = 0.5
 LEAST_JUDGED = 10
 """Of fewer images a rank does not judge alone that too many are unreadable."""
 FILLED_AT_ONCE = 64

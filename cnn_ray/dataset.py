@@ -11,10 +11,9 @@ import io
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +33,6 @@ from cnn_ray.storage import Store, open_store, split_uri
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-MAX_UNREADABLE_RATE = 0.5
 S3_THREADS = 32
 
 
@@ -43,7 +41,7 @@ class LabelledSet:
     """Labelled images in the order of their uris, each on one side of the split."""
 
     root_uri: str
-    """Where the uris start: what `load_pixels` opens once."""
+    """Where the uris start: what `image_reader` opens once."""
     uris: tuple[str, ...]
     label_ids: np.ndarray
     """int32 [N], indices into `labels`"""
@@ -67,15 +65,6 @@ class LabelledSet:
         lines = zip(self.uris, self.label_ids.tolist(), self.splits.tolist(), strict=True)
         text = "\n".join(["\t".join(self.labels), *(f"{uri}\t{label}\t{split}" for uri, label, split in lines)])
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class LoadedPixels:
-    """Decoded images. pixels: uint8 [K, H, W, 3]; kept: int64 [K], their positions in the uris that were asked for."""
-
-    pixels: np.ndarray
-    kept: np.ndarray
-    failures: dict[QuarantineCode, int]
 
 
 def read_labelled_set(config: DataConfig, *, split: bool = True) -> LabelledSet:
@@ -262,53 +251,6 @@ def decode_threads(root_uri: str) -> int:
     return S3_THREADS if root_uri.startswith("s3://") else len(os.sched_getaffinity(0))
 
 
-def load_pixels(
-    root_uri: str, uris: Sequence[str], size_px: tuple[int, int], *, caps: ImageCaps | None = None, threads: int = 0
-) -> LoadedPixels:
-    """Pixels of the images that could be read; the others are counted by code in a warning.
-
-    Everything is held in memory: 10,000 images of 224x224 are 1.5 GB, divided by the number of workers.
-
-    Raises:
-        DataError: more than half of the images are unreadable.
-        StorageError: storage is down or the credentials are wrong.
-    """
-    read_image = image_reader(root_uri, size_px, caps)
-    pixels = np.empty((len(uris), *size_px, 3), np.uint8)
-
-    def read(position: int) -> RowFailure | None:
-        image = read_image(uris[position])
-        if isinstance(image, RowFailure):
-            return image
-        pixels[position] = image.pixels
-        return None
-
-    with ThreadPoolExecutor(threads or decode_threads(root_uri)) as pool:
-        failures = list(pool.map(read, range(len(uris))))
-    kept = np.array([k for k, failure in enumerate(failures) if failure is None], np.int64)
-    by_code = dict(Counter(failure.code for failure in failures if failure is not None))
-    if by_code:
-        _report_unreadable(uris, failures, by_code)
-        pixels = pixels[kept]
-    return LoadedPixels(pixels, kept, by_code)
-
-
-def _report_unreadable(
-    uris: Sequence[str], failures: list[RowFailure | None], by_code: dict[QuarantineCode, int]
-) -> None:
-    unreadable = sum(by_code.values())
-    codes = ", ".join(f"{code} {count}" for code, count in sorted(by_code.items()))
-    first, failure = next((uri, failure) for uri, failure in zip(uris, failures, strict=True) if failure is not None)
-    if unreadable > MAX_UNREADABLE_RATE * len(uris):
-        raise DataError(
-            f"Expected readable images. Received: {unreadable} of {len(uris)} unreadable ({codes}); the first is "
-            f"{first} ({failure.detail}). Next: check data.uri and data.uri_column."
-        )
-    log.warning(
-        "%d of %d images are unreadable and left out (%s); the first is %s", unreadable, len(uris), codes, first
-    )
-
-
 def _read_image(root: Store, uri: str, size_px: tuple[int, int], caps: ImageCaps) -> DecodedImage | RowFailure:
     store, key = store_and_key(uri, root)
     try:
@@ -342,7 +284,3 @@ class Share:
 
     rows: np.ndarray
     strata: np.ndarray
-
-    def keep(self, kept: np.ndarray) -> Share:
-        """The share without the images that could not be read."""
-        return replace(self, rows=self.rows[kept], strata=self.strata[kept])

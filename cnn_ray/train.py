@@ -11,27 +11,24 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cnn_ray.config import TrainConfig, build_config
 from cnn_ray.dataset import LabelledSet, absolute_uri, read_labelled_set, sample_images, write_split
-from cnn_ray.errors import CnnRayError, ConfigError, DataError, NotFoundError, RunInterruptedError, TrainingError
+from cnn_ray.errors import ConfigError, DataError, NotFoundError
 from cnn_ray.guards import Finding, check_config, check_model, raise_errors
 from cnn_ray.lease import Lease
 from cnn_ray.model import check_definition, input_size_px
 from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_session import connected
 from cnn_ray.storage import open_store
-
-if TYPE_CHECKING:
-    from cnn_ray.train_worker import TrainJob, WorkerOutcome
+from cnn_ray.train_ray import fit
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +104,7 @@ def run_training(
         store.put(CONFIG, config.model_dump_json(indent=2).encode())
         store.put(SPLIT, write_split(labelled))
         with connected(num_cpus=cores) as local, _epochs(on_epoch, on_finding) as progress_file:
-            outcome = _fit(job, run_name, progress_file, local)
+            outcome = fit(job, run_name, progress_file, local)
         if outcome.error is not None:
             raise outcome.error
         result = TrainResult(outcome.reference, outcome.artifact_uri, outcome.metrics or {}, job.run_uri)
@@ -213,150 +210,6 @@ def _run_name(config: TrainConfig, labelled: LabelledSet) -> str:
     return f"{config.name}-{digest}-{number}"
 
 
-def _fit(job: TrainJob, run_name: str, progress_file: Path, local: bool) -> WorkerOutcome:
-    """What rank 0 returned, after as many restarts as are allowed."""
-    import ray.train
-    from ray.exceptions import RayError
-
-    from cnn_ray.train_worker import run_worker
-
-    config = job.config
-    if local and config.use_gpu:
-        _check_gpus(config.num_workers)
-    trainer = _trainer_class(local)(
-        run_worker,
-        train_loop_config={"job": job},
-        backend_config=_tensorflow_workers(),
-        scaling_config=ray.train.ScalingConfig(num_workers=_workers(config), use_gpu=config.use_gpu),
-        run_config=ray.train.RunConfig(
-            name=run_name,
-            storage_path=config.runs_uri,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[_progress_writer(progress_file)],
-        ),
-    )
-    try:
-        with _own_sigint():
-            return trainer.fit().return_value  # pyright: ignore[reportReturnType]
-    except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C stops the workers, then leaves with sys.exit
-        raise RunInterruptedError(
-            "Expected to finish training. Received: Ctrl-C. "
-            f"Next: the same command goes on from the last checkpoint in {job.run_uri}."
-        ) from None
-    except (ray.train.TrainingFailedError, RayError) as error:
-        raise explain_failure(error, job.run_uri) from error
-
-
-def _workers(config: TrainConfig) -> int | tuple[int, int]:
-    """Ray's `num_workers`: a number, or (least, most) for elastic training."""
-    return config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
-
-
-def _trainer_class(local: bool) -> Any:
-    """Ray Train's data-parallel trainer; on a local Ray without its placement-group cleaner.
-
-    The cleaner asks "the" cluster of the machine whether the run's controller lives, which is the one started last.
-    With two local Rays it hears of a stranger's actors, takes ours for dead and kills the workers (seen with Ray 2.60).
-    On a local Ray it has nothing to clean, and costs a process that imports Ray Train.
-    """
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    class LocalTrainer(DataParallelTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
-
-    return LocalTrainer if local else DataParallelTrainer
-
-
-def _check_gpus(num_workers: int) -> None:
-    """Nothing, if the local Ray has the GPUs; without this, Ray waits for ever for what will never come.
-
-    Raises:
-        ConfigError: it has fewer.
-    """
-    import ray
-
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if gpus < num_workers:
-        raise ConfigError(
-            f"Expected {num_workers} GPUs, one for each worker. Received: {gpus:g}. "
-            "Next: lower num_workers, leave use_gpu out, or set RAY_ADDRESS to a cluster."
-        )
-
-
-@contextmanager
-def _own_sigint() -> Iterator[None]:
-    """Puts the handler of Ctrl-C back: Ray Train replaces it and leaves its own behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _tensorflow_workers() -> Any:
-    """Ray Train's TensorFlow backend without its imports: every worker gets TF_CONFIG, nothing else is set.
-
-    `ray.train.tensorflow` imports TensorFlow wherever it is unpickled, so in the driver and in the controller too: two
-    times 5 s of CPU that compute nothing. It also sets TF_USE_LEGACY_KERAS, which we do not want. The trainer that
-    takes this backend is the base class of Ray's own TensorflowTrainer.
-    """
-    import ray
-    from ray.train.backend import Backend, BackendConfig
-
-    def free_address() -> str:
-        from ray._common.network_utils import build_address  # pyright: ignore[reportAttributeAccessIssue]
-        from ray.train._internal.utils import get_address_and_port
-
-        return build_address(*get_address_and_port())
-
-    def set_tf_config(addresses: list[str], rank: int) -> None:
-        task = {"type": "worker", "index": rank}
-        os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-
-    class TensorflowBackend(Backend):
-        def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:  # noqa: ARG002 - Ray's signature
-            addresses = worker_group.execute(free_address)
-            ray.get([worker_group.execute_single_async(k, set_tf_config, addresses, k) for k in range(len(addresses))])
-
-    class TensorflowWorkers(BackendConfig):
-        @property
-        def backend_cls(self) -> type[Backend]:
-            return TensorflowBackend
-
-    return TensorflowWorkers()
-
-
-def _progress_writer(path: Path) -> Any:
-    """A Ray Train callback that appends rank 0's logs to the file, one JSON object a line.
-
-    It runs in the controller, which Ray keeps on the driver's machine: a file is enough, and saves an actor's start-up.
-    """
-    import json as json_
-    from pathlib import Path as Path_
-
-    from ray.train import UserCallback
-
-    class ProgressWriter(UserCallback):
-        def _append(self, line: dict[str, Any]) -> None:
-            with Path_(path).open("a", encoding="utf-8") as stream:
-                stream.write(json_.dumps(line) + "\n")
-
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:  # noqa: ARG002
-            self._append(metrics[0])
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-            for rank, error in worker_exceptions.items():
-                self._append({"failed_rank": rank, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"})
-
-    return ProgressWriter()
-
-
 @contextmanager
 def _epochs(on_epoch: OnEpoch | None, on_finding: OnFinding | None) -> Iterator[Path]:
     """A file inside; every line that appears in it is handed to `on_epoch` from a thread, the last ones at the end."""
@@ -393,27 +246,3 @@ def _hand_over(line: dict[str, Any], on_epoch: OnEpoch | None, on_finding: OnFin
         log.warning("worker %s failed (%s)", line["failed_rank"], " ".join(line["error"].split()))
     elif on_epoch is not None:
         on_epoch(line)
-
-
-def explain_failure(error: BaseException, run_uri: str) -> CnnRayError:
-    """The one of our errors that hides in Ray's wrappers, else a TrainingError that names the innermost cause."""
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, CnnRayError):
-            return cause
-    innermost = causes[-1]
-    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()] or ["no message"]
-    return TrainingError(
-        f"Expected all workers to finish. Received: {type(innermost).__name__}: {lines[-1][:300]}. "
-        f"Next: run the same command again; it goes on from the last checkpoint in {run_uri}."
-    )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it wraps, outermost first: Ray keeps causes in four different places."""
-    yield error
-    inner = [*getattr(error, "worker_failures", {}).values()]
-    inner += [getattr(error, name, None) for name in ("controller_failure", "_base_exc", "cause", "__cause__")]
-    for cause in inner:
-        if isinstance(cause, BaseException):
-            yield from _causes(cause)

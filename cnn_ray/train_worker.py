@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnn_ray.artifact import sha256_of
-from cnn_ray.batches import Batches, DecodedPixels, make_batches
+from cnn_ray.batches import MAX_UNREADABLE_RATE, Batches, DecodedPixels, make_batches
 from cnn_ray.config import ModelDefinition, TrainConfig
-from cnn_ray.dataset import MAX_UNREADABLE_RATE, LabelledSet, share_of_rank
+from cnn_ray.dataset import LabelledSet, share_of_rank
 from cnn_ray.errors import CnnRayError, DataError
 from cnn_ray.guards import Finding, check_model, raise_errors
 from cnn_ray.losses import class_weights, image_losses

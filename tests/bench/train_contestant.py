@@ -86,14 +86,18 @@ def by_keras(arguments: argparse.Namespace, began: float) -> dict[str, float]:
     import numpy as np
     import tensorflow as tf
 
-    from cnn_ray.dataset import load_pixels, read_labelled_set
+    from cnn_ray.batches import DecodedPixels
+    from cnn_ray.dataset import read_labelled_set
     from cnn_ray.model import build_classifier, freeze_backbone, unfreeze_backbone
 
     tf.config.threading.set_intra_op_parallelism_threads(len(os.sched_getaffinity(0)))
     config = configuration(arguments)
     labelled = read_labelled_set(config.data)
     rows = labelled.rows("train")
-    pixels = load_pixels(labelled.root_uri, [labelled.uris[row] for row in rows], (SIDE_PX, SIDE_PX)).pixels
+    uris = [labelled.uris[row] for row in rows]
+    source = DecodedPixels(labelled.root_uri, uris, (SIDE_PX, SIDE_PX), cache_bytes=2 * 1024**3)
+    pixels, _ = source.take(np.arange(len(rows)))
+    source.close()
     keras.config.set_dtype_policy(config.precision)
     model: Any = build_classifier(config.model, len(labelled.labels))
     (unfreeze_backbone if arguments.fine_tune else freeze_backbone)(model)

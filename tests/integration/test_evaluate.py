@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import LABELS, SIDE_PX
+from factories import LABELS, SIDE_PX, load_pixels
 from PIL import Image
 
 from cnn_ray import calibration, promotion
@@ -55,7 +55,7 @@ def models(tmp_path_factory, data) -> str:
     """red@1 was trained, and is made overconfident; red@2 is red@1 with a little noise; red@3 answers at random."""
     import keras
 
-    from cnn_ray.dataset import load_pixels, read_labelled_set
+    from cnn_ray.dataset import read_labelled_set
     from cnn_ray.export import publish_artifact
     from cnn_ray.model import build_classifier
 

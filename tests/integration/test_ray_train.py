@@ -18,8 +18,9 @@ from PIL import Image
 
 from cnn_ray.config import DataConfig, ModelDefinition, PhaseConfig, TrainConfig, build_config, load_yaml
 from cnn_ray.errors import ConfigError, DataError, TrainingError
-from cnn_ray.train import explain_failure, run_training
+from cnn_ray.train import run_training
 from cnn_ray.train_loop import TIMINGS
+from cnn_ray.train_ray import explain_failure
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3

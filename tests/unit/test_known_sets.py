@@ -5,12 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from factories import write_flowers102, write_packed_cifar10
+from factories import load_pixels, write_flowers102, write_packed_cifar10
 from PIL import Image
 
 from cnn_ray import known_sets
 from cnn_ray.config import DataConfig
-from cnn_ray.dataset import load_pixels, read_labelled_set, write_split
+from cnn_ray.dataset import read_labelled_set, write_split
 from cnn_ray.errors import DataError
 from cnn_ray.storage import open_store
 
