@@ -45,9 +45,13 @@ def print_training(event: Training | Failure | str, console: Console) -> None:
 
 def print_comparison(result: ComparisonResult, console: Console) -> int:
     """The exit code, after printing the table: that of the first training that failed, else 0."""
-    table = Table(title=f"{result.images:,} images of {result.split}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{result.images:,} images of {result.split}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for k, name in enumerate(SHORT_HEAD):
-        table.add_column(name, justify="right" if k else "left", overflow="fold", no_wrap=k > 0)
+        table.add_column(
+            name, justify="right" if k else "left", overflow="fold", no_wrap=k > 0, min_width=0 if k else 12
+        )
     for row in result.rows:
         table.add_row(*map(escape, _short_cells(row)))
     console.print(table)
@@ -63,4 +67,4 @@ def _short_cells(row: Row) -> tuple[str, ...]:
     others = [f"{row.top_k[k].mean:.3f}" if k in row.top_k else "–" for k in ("3", "5")]
     speed = "–" if row.cpu_images_per_s is None else f"{row.cpu_images_per_s:,.0f}"
     means = (f"{row.log_loss.mean:.3f}", f"{row.train_s.mean:.0f}", speed, f"{row.size_bytes / 1e6:.1f}")
-    return (row.variant, parameters, spread_text(row.top_k["1"]), *others, *means)
+    return (row.variant, parameters, spread_text(row.top_k["1"]).replace(" ", ""), *others, *means)
