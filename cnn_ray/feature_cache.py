@@ -23,7 +23,7 @@ def cut_at_features(model: keras.Model) -> tuple[keras.Model, keras.Model]:
     import keras
 
     features: Any = model.get_layer(FEATURES_LAYER).output
-    below = keras.Model(model.inputs, features, name="backbone_and_pooling")
+    below = keras.Model(model.input, features, name="backbone_and_pooling")
     names = [layer.name for layer in model.layers]
     inputs = keras.Input(features.shape[1:], dtype=features.dtype, name="cached_features")
     outputs: Any = inputs

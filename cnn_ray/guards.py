@@ -316,7 +316,7 @@ def _normalisation(config: TrainConfig, model: Any, pixels: np.ndarray) -> list[
         return []
     architecture = find_architecture(config.model.architecture)
     used = used_preprocessing(config.model)
-    reach = keras.Model(model.inputs, model.get_layer(used).output)
+    reach = keras.Model(model.input, model.get_layer(used).output)
     values = np.asarray(reach(pixels, training=False))
     low, high = expected_range(architecture.preprocessing)
     own_low, own_high = expected_range(used)

@@ -170,7 +170,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, small_models, number):
     source.mkdir()
     first = source / "shot-00000.png"
     first.write_bytes(image_bytes(1, size_px=(1200, 900)))
-    for k in range(1, 320):
+    for k in range(1, 800):  # enough to be still at work when a busy machine gets to the signal
         os.link(first, source / f"shot-{k:05d}.png")
     output = tmp_path / "out" / "model=small" / "version=1"
     command = [sys.executable, "-m", "cnn_ray.cli", "score", source, tmp_path / "out", "--model", "small@1"]
@@ -185,7 +185,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, small_models, number):
     assert "the same command goes on from there" in err
     assert "Traceback" not in err
     kept = {p.name: p.stat().st_mtime_ns for p in output.glob("part-*")}
-    assert 2 <= len(kept) < 20
+    assert 2 <= len(kept) < 50
     assert not list(output.glob("_manifest*"))
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
