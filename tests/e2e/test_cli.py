@@ -191,7 +191,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, small_models, number):
     assert again.returncode == 0, again.stderr
     assert f"{16 * len(kept)} rows were kept from an earlier attempt." in again.stdout
     assert kept.items() <= {p.name: p.stat().st_mtime_ns for p in output.glob("part-*")}.items()
-    assert outputs.read(str(output)).num_rows == 320
+    assert outputs.read(str(output)).num_rows == 800
 
 
 def test_help_is_quick_and_imports_no_framework():
