@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import keras
 
 
+SCRATCH_MOMENTUM = 0.9
+
+
 def input_size_px(definition: ModelDefinition) -> tuple[int, int]:
     """(height, width) of the model input: the definition's own, else the architecture's.
 
@@ -174,6 +177,19 @@ def unfreeze_backbone(model: keras.Model) -> None:
     for layer in walk_layers(model):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = False
+
+
+def train_from_scratch(model: keras.Model) -> None:
+    """Afterwards everything trains, and the moving statistics of BatchNorm follow within tens of steps.
+
+    keras.applications takes momenta from 0.99 to 0.999 (MobileNetV2), made for millions of steps: after a few hundred the
+    statistics are still those of the first batches, and a net that has learnt answers at chance.
+    """
+    import keras
+
+    for layer in walk_layers(model):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = min(layer.momentum, SCRATCH_MOMENTUM)
 
 
 def walk_layers(model: Any) -> Iterator[Any]:

@@ -192,17 +192,14 @@ def _join_world(config: TrainConfig, workers_here: int) -> World:
 
 
 def _phases(config: TrainConfig, model: keras.Model, data: _Data) -> list[Phase]:
-    from cnn_ray.model import freeze_backbone, unfreeze_backbone
+    from cnn_ray.model import freeze_backbone, train_from_scratch, unfreeze_backbone
     from cnn_ray.train_loop import Phase
-
-    def whole(_model: Any) -> None:
-        """From scratch everything trains, BatchNorm in training mode."""
 
     def features() -> View:
         return _cached_view(config, model, data)
 
     if config.model.weights is None:
-        first = Phase("train", config.train, whole)
+        first = Phase("train", config.train, train_from_scratch)
     else:
         first = Phase("train", config.train, freeze_backbone, features if config.cache_features else None)
     if config.fine_tune is None:

@@ -12,6 +12,7 @@ from cnn_ray.model import (
     check_definition,
     freeze_backbone,
     input_size_px,
+    train_from_scratch,
     unfreeze_backbone,
     walk_layers,
 )
@@ -193,3 +194,17 @@ def test_imagenet_weights_without_a_network_name_the_three_choices(monkeypatch):
     monkeypatch.setattr(sys.modules["keras"].applications, "MobileNetV2", offline)
     with pytest.raises(ConfigError, match=r"URL fetch failure.*Next: .*imagenet.*\.weights\.h5 file.*none"):
         build_classifier(MOBILENET.model_copy(update={"weights": "imagenet"}), 2)
+
+
+def test_from_scratch_the_statistics_of_batchnorm_follow_within_tens_of_steps():
+    """MobileNetV2 has momentum 0.999 in Keras: after 60 steps its statistics would still be those it was born with."""
+    model = build_classifier(MOBILENET, 3, seed=1)
+    train_from_scratch(model)
+    layer = next(layer for layer in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization))
+    for _ in range(60):
+        model(noise(32, 8), training=True)
+    batch = layer.moving_mean.numpy()
+    before = batch.copy()
+    model(noise(32, 8), training=True)
+    np.testing.assert_allclose(layer.moving_mean.numpy(), before, rtol=0.02, atol=1e-3)
+    assert np.abs(before).max() > 0.05
