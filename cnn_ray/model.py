@@ -182,8 +182,8 @@ def unfreeze_backbone(model: keras.Model) -> None:
 def train_from_scratch(model: keras.Model) -> None:
     """Afterwards everything trains, and the moving statistics of BatchNorm follow within tens of steps.
 
-    keras.applications takes momenta from 0.99 to 0.999 (MobileNetV2), made for millions of steps: after a few hundred the
-    statistics are still those of the first batches, and a net that has learnt answers at chance.
+    keras.applications takes momenta from 0.99 to 0.999 (MobileNetV2), made for millions of steps: after a few hundred
+    the statistics are still those of the first batches, and a net that has learnt answers at chance.
     """
     import keras
 

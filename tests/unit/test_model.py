@@ -203,8 +203,4 @@ def test_from_scratch_the_statistics_of_batchnorm_follow_within_tens_of_steps():
     layer = next(layer for layer in walk_layers(model) if isinstance(layer, keras.layers.BatchNormalization))
     for _ in range(60):
         model(noise(32, 8), training=True)
-    batch = layer.moving_mean.numpy()
-    before = batch.copy()
-    model(noise(32, 8), training=True)
-    np.testing.assert_allclose(layer.moving_mean.numpy(), before, rtol=0.02, atol=1e-3)
-    assert np.abs(before).max() > 0.05
+    assert layer.moving_variance.numpy().max() < 0.5, "born with 1, and images in -1..1 vary by less behind this layer"
