@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -81,6 +81,34 @@ def score_labelled(config: LabelledScoresConfig, artifact: Artifact) -> Labelled
         data_digest=labelled.digest(),
         split=split,
         unreadable=unreadable,
+    )
+
+
+def score_again(config: LabelledScoresConfig, scored: LabelledScores, artifact: Artifact) -> LabelledScores:
+    """Another version's scores for the very images of `scored`, row by row; labels are matched by name.
+
+    Raises:
+        DataError: an image that was read before cannot be read any more.
+        ArtifactError: damaged files, or this node lacks the engine or precision.
+    """
+    predictor = load_predictor(
+        artifact, engine=config.engine, precision=config.precision, num_threads=config.num_threads
+    )
+    caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
+    scores, kept, unreadable = predict_images(predictor, scored.root_uri, scored.uris, caps)
+    if len(kept) != len(scored.uris):
+        raise DataError(
+            f"Expected the images of {config.data.uri} to stay as they are. Received: {unreadable} at the second read. "
+            "Next: run the command again."
+        )
+    index = np.array([artifact.labels.index(label) for label in scored.artifact.labels])
+    return replace(
+        scored,
+        artifact=artifact,
+        engine=predictor.engine,
+        precision=predictor.precision,
+        scores=scores,
+        truth=index[scored.truth],
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cnn_ray.artifact import Artifact, load_artifact, read_aliases, set_alias
 from cnn_ray.config import PromoteConfig
 from cnn_ray.errors import ArtifactError, ConfigError, PromotionRefusedError
-from cnn_ray.evaluate import score_labelled
+from cnn_ray.evaluate import score_again, score_labelled
 from cnn_ray.judged import LabelledScores
 from cnn_ray.metrics import Estimate, Ranked, Resamples, estimate
 from cnn_ray.storage import open_store
@@ -81,17 +81,8 @@ def judge(config: PromoteConfig) -> Verdict:
     champion, old = None, None
     if version is not None:
         champion = load_artifact(config.models_uri, f"{candidate.name}@{version}")
-        if sorted(champion.labels) != sorted(candidate.labels):
-            raise ArtifactError(
-                f"Expected {candidate.reference} to have the labels of {champion.reference}: "
-                f"{', '.join(champion.labels)}. Received: {', '.join(candidate.labels)}. Next: use another alias."
-            )
-        if metric != "accuracy" and champion.positive_label != candidate.positive_label:
-            raise ArtifactError(
-                f"Expected {candidate.reference} to have the positive label of {champion.reference}: "
-                f"{champion.positive_label}. Received: {candidate.positive_label}. Next: --metric accuracy."
-            )
-        old = new if version == candidate.version else score_labelled(config, champion)
+        _check_comparable(candidate, champion, metric)
+        old = new if version == candidate.version else score_again(config, new, champion)
     measure_new = _measure(config, metric, new)
     ones = np.ones(len(new.truth))
     value, other, gap = measure_new(ones), None, Estimate(None)
@@ -128,6 +119,19 @@ def judge(config: PromoteConfig) -> Verdict:
         champion_threshold=None if champion is None else champion.threshold,
         note=_note(candidate, champion),
     )
+
+
+def _check_comparable(candidate: Artifact, champion: Artifact, metric: str) -> None:
+    if sorted(champion.labels) != sorted(candidate.labels):
+        raise ArtifactError(
+            f"Expected {candidate.reference} to have the labels of {champion.reference}: "
+            f"{', '.join(champion.labels)}. Received: {', '.join(candidate.labels)}. Next: use another alias."
+        )
+    if metric != "accuracy" and champion.positive_label != candidate.positive_label:
+        raise ArtifactError(
+            f"Expected {candidate.reference} to have the positive label of {champion.reference}: "
+            f"{champion.positive_label}. Received: {candidate.positive_label}. Next: --metric accuracy."
+        )
 
 
 def _note(candidate: Artifact, champion: Artifact | None) -> str:

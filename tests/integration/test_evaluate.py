@@ -357,6 +357,18 @@ def test_a_champion_that_changed_meanwhile_stays(models, data, tmp_path):
     assert read_aliases(own, "red") == {"champion": 2}
 
 
+def test_both_versions_are_judged_on_the_candidates_images(models, data, tmp_path):
+    """The candidate was trained on these data, the champion was not: by itself it would be judged on all of them."""
+    own = str(tmp_path / "models")
+    shutil.copytree(models, own)
+    trained_on(own, data.model_copy(update={"validation_fraction": 0.3}))
+    set_alias(own, "red", "champion", 2)
+    verdict = promotion.judge(judged(PromoteConfig, own, data, tmp_path, split="auto"))
+    assert verdict.split == "validation"
+    assert verdict.images < IMAGES / 2
+    assert verdict.difference.value == verdict.candidate_value - verdict.champion_value
+
+
 def test_versions_with_other_labels_are_not_compared(models, data, tmp_path, monkeypatch):
     own = str(tmp_path / "models")
     shutil.copytree(models, own)
