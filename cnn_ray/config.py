@@ -411,26 +411,60 @@ def _checked_name(value: str) -> str:
 
 
 class ServeConfig(ModelConfig):
-    """The HTTP endpoint of one model."""
+    """The HTTP endpoint of one model or several."""
 
+    also: tuple[str, ...] = ()
+    """More models to answer for, each NAME@VERSION or NAME@ALIAS."""
+    max_loaded_models: PositiveInt = 4
+    """Model versions that a replica keeps in memory; above that the least recently used one goes."""
+    alias_poll_s: Annotated[float, Field(gt=0)] = 2
+    """How often a replica looks whether an alias means another version now, in seconds."""
+    canary: str | None = None
+    """Alias of the version that answers canary_percent of the requests that name no version, for instance candidate."""
+    canary_percent: Annotated[float, Field(ge=0, le=100)] = 0
+    """Share of request bodies for the canary; the same bytes always get the same version."""
     host: str = "127.0.0.1"
-    """Address to listen on. There is no authentication yet: keep it on loopback or behind a gateway."""
+    """Address to listen on. Anything but loopback wants api_keys_uri."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """Port to listen on."""
+    """Port to listen on; 0 is any free one."""
+    ssl_certfile: str | None = None
+    """PEM file with the certificate chain: the endpoint then speaks HTTPS (Ray's own option)."""
+    ssl_keyfile: str | None = None
+    """PEM file with the certificate's private key."""
+    haproxy: bool = False
+    """Ray's HAProxy ingress instead of its Python proxy: faster, see README for what it opens."""
+    api_keys_uri: str | None = None
+    """File or s3:// object with the hashes of the API keys (`cnn-ray keys add`); requests then need a bearer key."""
+    allow_anonymous: bool = False
+    """Listen on any address without API keys: whoever reaches the port may ask."""
+    open_metrics: bool = False
+    """/metrics is answered without an API key too."""
+    page: bool = True
+    """A page for people at /."""
+    access_log: bool = True
+    """One line of JSON per request in the replica's log; never bodies or keys."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
-    """Autoscaling: never fewer replicas than this."""
+    """Autoscaling: never fewer replicas than this; with 0 the first request after a pause waits for a start."""
     max_replicas: PositiveInt = 2
     """Autoscaling: never more replicas than this."""
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 8
     """Autoscaling: requests in flight per replica that Ray Serve aims at."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10
+    """Autoscaling: how long the load must be high before replicas are added."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300
+    """Autoscaling: how long the load must be low before replicas are taken away."""
     max_ongoing_requests: PositiveInt = 64
-    """Requests that one replica takes at the same time."""
-    max_queued_requests: PositiveInt = 256
-    """Requests that wait in front of the replicas before 503 is answered."""
+    """Requests that one replica takes at the same time; more are answered with 429 and Retry-After."""
     max_batch_size: PositiveInt = 16
     """Images per call of the model."""
-    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = 0.002
-    """How long a batch waits for more images."""
+    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = 0
+    """How long a call of the model waits for more images; 0: those that came during the call before are the next."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 30
+    """A request that takes longer is answered with 504; a client may ask for less with X-Request-Timeout-Seconds."""
+    body_timeout_s: Annotated[float, Field(gt=0)] = 10
+    """A body that is not there after this time is answered with 408."""
+    drain_s: Annotated[float, Field(ge=0)] = 20
+    """How long a replica that goes away finishes requests."""
     max_body_bytes: PositiveInt = 64 * 1024**2
     """A request body with more bytes is answered with 413."""
     max_instances: PositiveInt = 128
@@ -440,12 +474,27 @@ class ServeConfig(ModelConfig):
     num_gpus: Annotated[float, Field(ge=0)] = 0
     """GPUs of one replica."""
 
+    @field_validator("also")
+    @classmethod
+    def _references(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [reference for reference in value if not re.match(REFERENCE_PATTERN, reference)]
+        if wrong:
+            raise ValueError(f"Expected NAME@VERSION or NAME@ALIAS, for instance phishing@3. Received: {wrong[0]!r}.")
+        return value
+
     @model_validator(mode="after")
-    def _replica_bounds(self) -> ServeConfig:
+    def _bounds(self) -> ServeConfig:
         if self.min_replicas > self.max_replicas:
             raise ValueError(
                 f"Expected min_replicas <= max_replicas. Received: {self.min_replicas} > {self.max_replicas}."
             )
+        names = [reference.partition("@")[0] for reference in (self.model, *self.also)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Expected each model name once. Received: {', '.join(names)}.")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("Expected ssl_certfile and ssl_keyfile together. Received: one of them.")
+        if self.canary_percent > 0 and self.canary is None:
+            raise ValueError("Expected canary (an alias) with canary_percent. Received: none.")
         return self
 
 
