@@ -78,6 +78,8 @@ Jobs.
     ray_runner.py     the same by Ray Data over a cluster
     planning.py       what a run owes: frozen settings, and the plan that is open or comes next
     score.py          plan -> pending shards -> manifest
+    explain.py        occlusion heat map of one image
+    page_files.py     the page at / as it is sent
     auth.py           API keys: a file of hashes, and whose key a request brought
     endpoint_metrics.py what the endpoint counts, added up over replicas, for Prometheus
     access_log.py     one line of JSON per request
