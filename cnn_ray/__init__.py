@@ -91,6 +91,7 @@ Jobs.
     console_evaluation.py evaluations, calibrations, promotions
     console_training.py findings of the guards, comparisons
     cli_models.py     the verbs about models
+    cli_serve.py      the verbs about the endpoint
     demo.py           the whole line on drawn screenshots
     cli.py            verbs and exit codes only
 """

@@ -208,13 +208,14 @@ def _parse(raw: bytes, keys_uri: str) -> tuple[ApiKey, ...]:
     try:
         return _KeyFile.model_validate_json(raw).keys
     except ValidationError as error:
-        # Never the value: somebody may have put the key itself where its hash belongs.
+        # Neither values nor unknown fields: somebody may have put the key itself where its hash belongs.
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"][:3])[:60] or "the whole"
+        number = next((part for part in first["loc"] if isinstance(part, int)), None)
+        where = "in the file" if number is None else f"in key {number + 1} of the file"
         kind = "a name or a hash that is there twice" if first["type"] == "value_error" else "something else"
         raise ConfigError(
             f'Expected {{"keys": [{{"name", "sha256", "created_at"}}, ...]}} in {keys_uri}. '
-            f"Received: {kind} at {where}. Next: correct the file, or make it with `cnn-ray keys add`."
+            f"Received: {kind} {where}. Next: correct the file, or make it with `cnn-ray keys add`."
         ) from None
 
 

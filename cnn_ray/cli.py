@@ -13,6 +13,7 @@ import click
 
 import cnn_ray
 from cnn_ray.cli_models import compare, evaluate, model
+from cnn_ray.cli_serve import keys
 from cnn_ray.config import ScoreConfig, ServeConfig, TrainConfig
 from cnn_ray.errors import CnnRayError
 from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
@@ -178,6 +179,7 @@ def demo(folder: str) -> None:
 commands.add_command(model)
 commands.add_command(evaluate)
 commands.add_command(compare)
+commands.add_command(keys)
 
 
 @commands.group()
