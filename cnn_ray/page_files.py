@@ -1,8 +1,9 @@
 # pyright: strict
-"""The page at / as it is sent: three files that never change, the names of the models, and headers that forbid the rest.
+"""The page at / as it is sent: files that never change, the names of the models, and headers that forbid the rest.
 
-No script or style stands inside the HTML, nothing is loaded from elsewhere, and what the page sends goes to the endpoint
-it came from: the policy says so to the browser, should a file name or a label ever slip through as markup.
+No script or style stands inside the HTML, nothing is loaded from elsewhere, and what the page sends goes to the
+endpoint it came from: the policy tells the browser so, should a file name or a label ever slip through as markup.
+The style is that of the reports, and what a page with controls needs on top.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ HEADERS: Mapping[str, str] = MappingProxyType(
 """What every file of the page is sent with."""
 
 _FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/page/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/": (("page/index.html",), "text/html; charset=utf-8"),
+    "/page/page.js": (("page/page.js",), "text/javascript; charset=utf-8"),
+    "/page/page.css": (("report.css", "page/page.css"), "text/css; charset=utf-8"),
 }
 _MODELS, _KEY = "<!--models-->", 'data-needs-key="no"'
 
@@ -57,14 +58,14 @@ def page_file(path: str, *, names: Sequence[str], needs_key: bool) -> PageFile |
     """
     if path not in _FILES:
         return None
-    name, content_type = _FILES[path]
-    content = _packaged(name)
+    parts, content_type = _FILES[path]
+    content = _packaged(parts)
     if path == "/":
         options = "".join(f'<option value="{html.escape(n)}">{html.escape(n)}</option>' for n in names)
-        content = content.replace(_MODELS, options).replace(_KEY, f'data-needs-key="{"yes" if needs_key else "no"}"')
+        content = content.replace(_KEY, f'data-needs-key="{"yes" if needs_key else "no"}"').replace(_MODELS, options)
     return PageFile(content.encode(), content_type)
 
 
 @cache
-def _packaged(name: str) -> str:
-    return files("cnn_ray").joinpath("page", name).read_text(encoding="utf-8")
+def _packaged(parts: tuple[str, ...]) -> str:
+    return "".join(files("cnn_ray").joinpath(part).read_text(encoding="utf-8") for part in parts)
