@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from types import MappingProxyType
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEADERS: Mapping[str, str] = MappingProxyType(
-    {
-        "Content-Security-Policy": POLICY,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Cache-Control": "no-cache",
-    }
-)
+HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
 """What every file of the page is sent with."""
 
 _FILES = {
@@ -45,7 +42,7 @@ class PageFile:
 
     body: bytes
     content_type: str
-    headers: Mapping[str, str] = field(default=HEADERS)
+    headers: Mapping[str, str]
 
 
 def page_file(path: str, *, names: Sequence[str], needs_key: bool) -> PageFile | None:
@@ -63,7 +60,7 @@ def page_file(path: str, *, names: Sequence[str], needs_key: bool) -> PageFile |
     if path == "/":
         options = "".join(f'<option value="{html.escape(n)}">{html.escape(n)}</option>' for n in names)
         content = content.replace(_KEY, f'data-needs-key="{"yes" if needs_key else "no"}"').replace(_MODELS, options)
-    return PageFile(content.encode(), content_type)
+    return PageFile(content.encode(), content_type, HEADERS)
 
 
 @cache
