@@ -144,7 +144,7 @@ def _blended(grey: npt.NDArray[np.float32], share: npt.NDArray[np.float32]) -> P
 
 def _draw_legend(canvas: Image.Image, top: int, most: float) -> None:
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=12)
+    font = ImageFont.load_default(size=14)
     left, right = 8, canvas.width - 8
     ramp = np.tile(np.linspace(0, 1, right - left, dtype=np.float32), (9, 1))
     canvas.paste(Image.fromarray(_blended(np.full((*ramp.shape, 1), 235, np.float32), ramp)), (left, top + 6))

@@ -158,8 +158,10 @@ function showScores(scores) {
     name.scope = "row";
     const bar = element("span", "bar", "");
     bar.style.width = `${100 * Math.min(Math.max(score, 0), 1)}%`;
+    const track = element("span", "track", "");
+    track.append(bar);
     const cell = document.createElement("td");
-    cell.append(bar);
+    cell.append(track);
     row.append(name, cell, element("td", "number", score.toFixed(4)));
     return row;
   });
