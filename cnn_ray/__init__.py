@@ -6,7 +6,10 @@ Domain: no clock, network, Ray or TensorFlow.
     records.py        the column contract of everything written, and the codes of the quarantine
     partitions.py     date and model version <-> location
     plan.py           listing -> frozen plan of shards; which of them are pending
-    protocol.py       TensorFlow Serving's REST bodies: parse, build, errors
+    request_errors.py what can be wrong with an HTTP request, each with its status
+    json_bodies.py    JSON that strangers send, bounded in depth, memory and time
+    rest_bodies.py    the bodies that clients of TensorFlow Serving's REST API send
+    protocol.py       TensorFlow Serving's REST: routes, answers, statuses
 
 Bytes in, bytes out.
     storage_base.py   the interface of a store, and what its implementations share

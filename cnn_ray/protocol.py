@@ -1,103 +1,151 @@
 # pyright: strict
 """TensorFlow Serving's REST protocol as pure functions: paths and bodies in, values out; values in, bodies out.
 
-Words, routes and shapes follow tensorflow/serving's api_rest.md, json_tensor.cc and http_rest_api_handler.cc for the
-two signatures of our SavedModel, so that a client of `tensorflow_model_server` needs no change:
+Words, routes, shapes and statuses follow tensorflow/serving's api_rest.md, http_rest_api_util.cc and json_tensor.cc for
+the two signatures of our SavedModel, so that a client of `tensorflow_model_server` needs no change:
 
     serving_default   image_bytes: string [N] (an encoded image each)  -> classes: string [N, C], scores: float32 [N, C]
     serving_pixels    pixels: uint8 [N, H, W, 3]                       -> scores: float32 [N, C]
+
+Ours alone: nested lists are taken for pixels where no signature is named, `:classify` works on serving_default (there
+it wants a signature over tf.Example), a wrong method is a 405 and not a 400, and `:explain`.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, ClassVar, Literal, cast
+from typing import Literal, cast
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
 
-from cnn_ray.errors import CnnRayError
+from cnn_ray import json_bodies
+from cnn_ray.json_bodies import shown
 from cnn_ray.records import RowFailure
+from cnn_ray.request_errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    DeadlineError,
+    MethodError,
+    NotReadyError,
+    OverloadedError,
+    RequestError,
+    UnauthorizedError,
+    UnknownLabelError,
+    UnknownModelError,
+    UnsupportedTypeError,
+)
+from cnn_ray.rest_bodies import (
+    IMAGE_INPUT,
+    IMAGE_SIGNATURE,
+    PIXEL_INPUT,
+    PIXEL_SIGNATURE,
+    PredictRequest,
+    parse_classify,
+    parse_predict,
+)
 
-IMAGE_SIGNATURE, IMAGE_INPUT = "serving_default", "image_bytes"
-PIXEL_SIGNATURE, PIXEL_INPUT = "serving_pixels", "pixels"
+__all__ = [
+    "BodyTimeoutError",
+    "BodyTooLargeError",
+    "DeadlineError",
+    "MethodError",
+    "NotReadyError",
+    "OverloadedError",
+    "PredictRequest",
+    "RequestError",
+    "Route",
+    "UnauthorizedError",
+    "UnknownLabelError",
+    "UnknownModelError",
+    "UnsupportedTypeError",
+    "build_classifications",
+    "build_error",
+    "build_metadata",
+    "build_predictions",
+    "build_status",
+    "build_verdict",
+    "check_body_size",
+    "check_model",
+    "declared_size",
+    "model_not_found",
+    "parse_classify",
+    "parse_predict",
+    "parse_route",
+    "row_error",
+]
+"""The whole of the protocol in one name; the errors and the bodies of requests have modules of their own."""
 
-_PREDICT_PATH = re.compile(r"/v1/models/([^/:]+)(?:/versions/([0-9]+))?:predict")
-_STATUS_PATH = re.compile(r"/v1/models/([^/:]+)(?:/versions/([0-9]+))?")
+Scores = npt.NDArray[np.float32]
+
+Action = Literal["predict", "classify", "explain", "status", "metadata"]
+State = Literal["START", "LOADING", "AVAILABLE", "UNLOADING", "END"]
+
+_MODEL = r"/v1/models/([^/:]+)(?:/versions/([0-9]+)|/labels/([^/:]+))?"
+_POST_PATH = re.compile(_MODEL + r":(classify|regress|predict|explain)", re.I | re.A)
+_GET_PATH = re.compile(_MODEL + r"(?:/(metadata))?", re.I | re.A)
+_NO_MODEL_PATH = re.compile(r"/v1/models(?:/versions/[0-9]+|/labels/[^/:]+)?(?:/metadata)?", re.I | re.A)
 _MAX_VERSION = 2**63 - 1
-_SHOWN_CHARS = 100
-
-
-class RequestError(CnnRayError):
-    """The client's request cannot be answered; the message goes out as {"error": ...}."""
-
-    http_status: ClassVar[int] = 400
-
-
-class UnknownModelError(RequestError):
-    """The request is about a model, version or path that is not served here."""
-
-    http_status: ClassVar[int] = 404
-
-
-class MethodError(RequestError):
-    """The path exists but not with this HTTP method."""
-
-    http_status: ClassVar[int] = 405
-
-
-class BodyTooLargeError(RequestError):
-    """The body has more bytes than one request may bring."""
-
-    http_status: ClassVar[int] = 413
+_INIT_OP = "__saved_model_init_op"
+_PREDICT_METHOD = "tensorflow/serving/predict"
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What a request is about. `version` is None where the path names none."""
+    """What a request is about: a model and its version, a label (one of our aliases), or neither of the two."""
 
-    action: Literal["predict", "status"]
+    action: Action
     name: str
-    version: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class PredictRequest:
-    """A parsed predict body. `inputs` are encoded images (serving_default) or uint8 [N, H, W, 3] (serving_pixels).
-
-    `columnar` says in which of the two forms the client asked, because the answer comes in the same form.
-    """
-
-    inputs: tuple[bytes, ...] | npt.NDArray[np.uint8]
-    columnar: bool
+    version: int | None = None
+    label: str | None = None
 
 
 def parse_route(method: str, path: str) -> Route:
-    """What the request is about, from its method and its unquoted path.
+    """What the request is about, from its method and its path as it was sent (percent-encoded, without the query).
 
     Raises:
-        UnknownModelError: no such path.
+        UnknownModelError: the path is outside of /v1/.
         MethodError: the path wants another method.
-        RequestError: the version does not fit into 64 bits.
+        RequestError: the path is malformed, or the version does not fit into 64 bits.
     """
-    actions: tuple[tuple[re.Pattern[str], Literal["predict", "status"], tuple[str, ...]], ...] = (
-        (_PREDICT_PATH, "predict", ("POST",)),
-        (_STATUS_PATH, "status", ("GET", "HEAD")),
-    )
-    for pattern, action, methods in actions:
-        match = pattern.fullmatch(path)
-        if match is None:
-            continue
-        if method not in methods:
-            raise MethodError(f"Expected {' or '.join(methods)} for {_shown(path)}. Received: {_shown(method)}.")
-        return Route(action, match[1], _version(match[2]))
-    raise UnknownModelError(f"Malformed request: {_shown(method)} {_shown(path)}")
+    malformed = f"Malformed request: {shown(method)} {shown(path)}"
+    match = _POST_PATH.fullmatch(path)
+    if match is not None:
+        if method != "POST":
+            raise _method_error(malformed, "POST")
+        name, version, label, action = match.groups()
+        if action.lower() == "regress":
+            raise RequestError(
+                f"Expected regression signature method_name to be tensorflow/serving/regress. Was: {_PREDICT_METHOD}"
+            )
+        return _route(cast("Action", action.lower()), name, version, label)
+    match = _GET_PATH.fullmatch(path)
+    if match is not None:
+        if method not in ("GET", "HEAD"):
+            raise _method_error(malformed, "GET, HEAD")
+        name, version, label, metadata = match.groups()
+        return _route("metadata" if metadata else "status", name, version, label)
+    if not path.lower().startswith("/v1/"):
+        raise UnknownModelError(malformed)
+    if method in ("GET", "HEAD") and _NO_MODEL_PATH.fullmatch(path):
+        raise RequestError("Missing model name in request.")
+    raise RequestError(malformed)
+
+
+def model_not_found(route: Route) -> UnknownModelError:
+    """The error for a model, version or label that is not served here, in TensorFlow Serving's words."""
+    name = shown(route.name)
+    if route.label is not None:
+        return UnknownLabelError(f"Unrecognized servable version label: {shown(route.label)}")
+    if route.action != "status":
+        spec = f"Latest({name})" if route.version is None else f"Specific({name}, {route.version})"
+        return UnknownModelError(f"Servable not found for request: {spec}")
+    if route.version is None:
+        return UnknownModelError(f"Could not find any versions of model {name}")
+    return UnknownModelError(f"Could not find version {route.version} of model {name}")
 
 
 def check_model(route: Route, name: str, version: int) -> None:
@@ -106,15 +154,8 @@ def check_model(route: Route, name: str, version: int) -> None:
     Raises:
         UnknownModelError: it asks for another one; the words are TensorFlow Serving's.
     """
-    if route.name == name and route.version in (None, version):
-        return
-    asked = _shown(route.name)
-    if route.action == "predict":
-        spec = f"Latest({asked})" if route.version is None else f"Specific({asked}, {route.version})"
-        raise UnknownModelError(f"Servable not found for request: {spec}")
-    if route.version is None:
-        raise UnknownModelError(f"Could not find any versions of model {asked}")
-    raise UnknownModelError(f"Could not find version {route.version} of model {asked}")
+    if route.name != name or route.version not in (None, version) or route.label is not None:
+        raise model_not_found(route)
 
 
 def check_body_size(size_bytes: int, max_body_bytes: int) -> None:
@@ -138,32 +179,8 @@ def declared_size(content_length: str | None) -> int:
     if content_length is None:
         return 0
     if not re.fullmatch(r"[0-9]{1,18}", content_length):
-        raise RequestError(f"Expected a number in Content-Length. Received: {_shown(content_length)}.")
+        raise RequestError(f"Expected a number in Content-Length. Received: {shown(content_length)}.")
     return int(content_length)
-
-
-def parse_predict(body: bytes, *, size_px: tuple[int, int], max_instances: int) -> PredictRequest:
-    """The images or pixels of a predict body, in request order, at least one and at most `max_instances`.
-
-    Nothing is built in memory that is not bounded by the body: lengths and types are checked before conversion.
-
-    Raises:
-        RequestError: the body is not JSON, or not a predict request for one of the two signatures.
-    """
-    document = _parse_object(body)
-    signature = document.get("signature_name", IMAGE_SIGNATURE)
-    if not isinstance(signature, str):
-        raise RequestError("JSON Value not formatted correctly. 'signature_name' key must be a string value.")
-    signature = signature or IMAGE_SIGNATURE  # TensorFlow Serving reads "" as the default one
-    if signature not in (IMAGE_SIGNATURE, PIXEL_SIGNATURE):
-        raise RequestError(f'Serving signature name: "{_shown(signature)}" not found in signature def')
-    input_name = IMAGE_INPUT if signature == IMAGE_SIGNATURE else PIXEL_INPUT
-    values, columnar = _values(document, input_name)
-    if len(values) > max_instances:
-        raise RequestError(f"Expected at most {max_instances} instances. Received: {len(values)}. Next: split them.")
-    if signature == PIXEL_SIGNATURE:
-        return PredictRequest(_pixels(values, size_px), columnar)
-    return PredictRequest(tuple(_image(value, index) for index, value in enumerate(values)), columnar)
 
 
 def row_error(index: int, failure: RowFailure) -> RequestError:
@@ -171,139 +188,105 @@ def row_error(index: int, failure: RowFailure) -> RequestError:
     return RequestError(f"Instance {index} is not a readable image: {failure.code.value}: {failure.detail}")
 
 
-def build_predictions(request: PredictRequest, labels: Sequence[str], scores: npt.NDArray[np.float32]) -> bytes:
+def build_predictions(request: PredictRequest, labels: Sequence[str], scores: Scores) -> bytes:
     """The JSON answer to a predict request, from float32 [N, C] scores with one column per label.
 
     Each number is the float32 written as a double with all its digits, so a client that reads it back as float32 gets
     the same bits. NaN and Infinity are written as the tokens that TensorFlow Serving uses too.
     """
-    rows = cast("list[list[float]]", scores.astype(np.float64).tolist())
+    rows = _numbers(scores)
     if not isinstance(request.inputs, tuple):  # serving_pixels has one output, and a single output has no name
-        return _json({"outputs" if request.columnar else "predictions": rows})
+        return json_bodies.build({"outputs" if request.columnar else "predictions": rows})
     classes = list(labels)
     if request.columnar:
-        return _json({"outputs": {"classes": [classes] * len(rows), "scores": rows}})
-    return _json({"predictions": [{"classes": classes, "scores": row} for row in rows]})
+        return json_bodies.build({"outputs": {"classes": [classes] * len(rows), "scores": rows}})
+    return json_bodies.build({"predictions": [{"classes": classes, "scores": row} for row in rows]})
 
 
-def build_status(version: int) -> bytes:
-    """The JSON answer to a status request: the one version, ready to predict."""
-    status = {"error_code": "OK", "error_message": ""}
-    return _json({"model_version_status": [{"version": str(version), "state": "AVAILABLE", "status": status}]})
+def build_classifications(labels: Sequence[str], scores: Scores) -> bytes:
+    """The JSON answer to a classify request: per example the pairs of label and score, in label order.
+
+    The key is `results`, as in json_tensor.cc and its tests; api_rest.md says `result` in one place.
+    """
+    pairs = [[list(pair) for pair in zip(labels, row, strict=True)] for row in _numbers(scores)]
+    return json_bodies.build({"results": pairs})
+
+
+def build_verdict(
+    name: str,
+    version: int,
+    labels: Sequence[str],
+    scores: Scores,
+    *,
+    positive_label: str | None,
+    threshold: float | None,
+) -> bytes:
+    """The JSON answer for people and scripts, from the float32 [C] scores of one image.
+
+    `flagged` says whether the score of the positive label reaches the threshold; null where the model has none.
+    """
+    best = int(scores.argmax())
+    by_label = dict(zip(labels, cast("list[float]", scores.astype(np.float64).tolist()), strict=True))
+    flagged = None if positive_label is None or threshold is None else by_label[positive_label] >= threshold
+    verdict = {"label": labels[best], "score": by_label[labels[best]], "flagged": flagged, "scores": by_label}
+    return json_bodies.build({**verdict, "model": name, "version": version})
+
+
+def build_status(versions: Sequence[tuple[int, State]]) -> bytes:
+    """The JSON answer to a status request: versions and their states, the newest first as in TensorFlow Serving."""
+    ok = {"error_code": "OK", "error_message": ""}
+    rows = [{"version": str(version), "state": state, "status": ok} for version, state in sorted(versions)[::-1]]
+    return json_bodies.build({"model_version_status": rows})
+
+
+def build_metadata(name: str, version: int, labels: Sequence[str], size_px: tuple[int, int]) -> bytes:
+    """The JSON answer to a metadata request: the signatures of the model's SavedModel, tensor for tensor."""
+    height, width = size_px
+    classes = _tensor("StatefulPartitionedCall:0", "DT_STRING", -1, len(labels))
+    image_bytes = _tensor(f"{IMAGE_SIGNATURE}_{IMAGE_INPUT}:0", "DT_STRING", -1)
+    pixels = _tensor(f"{PIXEL_SIGNATURE}_{PIXEL_INPUT}:0", "DT_UINT8", -1, height, width, 3)
+    init: dict[str, object] = {"dtype": "DT_INVALID", "tensor_shape": {"dim": (), "unknown_rank": True}, "name": "NoOp"}
+    signatures = {
+        _INIT_OP: _signature({}, {_INIT_OP: init}, ""),
+        IMAGE_SIGNATURE: _signature(
+            {IMAGE_INPUT: image_bytes},
+            {"classes": classes, "scores": _tensor("StatefulPartitionedCall:1", "DT_FLOAT", -1, len(labels))},
+        ),
+        PIXEL_SIGNATURE: _signature(
+            {PIXEL_INPUT: pixels}, {"scores": _tensor("StatefulPartitionedCall_1:0", "DT_FLOAT", -1, len(labels))}
+        ),
+    }
+    spec = {"name": name, "signature_name": "", "version": str(version)}
+    return json_bodies.build({"model_spec": spec, "metadata": {"signature_def": {"signature_def": signatures}}})
 
 
 def build_error(message: str) -> bytes:
     """The JSON body of every answer that is not a success."""
-    return _json({"error": message})
+    return json_bodies.build({"error": message})
 
 
-def _json(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+def _numbers(scores: Scores) -> list[list[float]]:
+    return cast("list[list[float]]", scores.astype(np.float64).tolist())
 
 
-def _shown(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+def _tensor(name: str, dtype: str, *shape: int) -> dict[str, object]:
+    dims = [{"size": str(size), "name": ""} for size in shape]
+    return {"dtype": dtype, "tensor_shape": {"dim": dims, "unknown_rank": False}, "name": name}
 
 
-def _version(digits: str | None) -> int | None:
-    if digits is None:
-        return None
-    if len(digits) > len(str(_MAX_VERSION)) or int(digits) > _MAX_VERSION:
-        raise RequestError(f"Failed to convert version: {_shown(digits)} to numeric.")
-    return int(digits)
+def _signature(
+    inputs: dict[str, object], outputs: dict[str, object], method_name: str = _PREDICT_METHOD
+) -> dict[str, object]:
+    return {"inputs": inputs, "outputs": outputs, "method_name": method_name, "defaults": {}}
 
 
-def _parse_object(body: bytes) -> dict[str, Any]:
-    if not body:
-        raise RequestError("JSON Parse error: The document is empty")
-    try:
-        document: object = json.loads(body)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"JSON Parse error: {error.msg} at offset: {error.pos}") from None
-    except UnicodeDecodeError:
-        raise RequestError("JSON Parse error: the document is not UTF-8") from None
-    except RecursionError:
-        raise RequestError("JSON Parse error: the document is nested too deeply") from None
-    except ValueError:  # an integer of more than 4,300 digits
-        raise RequestError("JSON Parse error: a number is too long") from None
-    if not isinstance(document, dict):
-        raise RequestError(f"JSON Value of type {_type_name(document)}: Is not object")
-    return cast("dict[str, Any]", document)
+def _method_error(message: str, allow: str) -> MethodError:
+    error = MethodError(message)
+    error.allow = allow
+    return error
 
 
-def _values(document: dict[str, Any], input_name: str) -> tuple[list[Any], bool]:
-    if "instances" in document and "inputs" in document:
-        raise RequestError("Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist")
-    if "instances" in document:
-        return _rows(_list(document["instances"], "instances"), input_name), False
-    if "inputs" not in document:
-        raise RequestError("Missing 'inputs' or 'instances' key")
-    inputs: object = document["inputs"]
-    if isinstance(inputs, dict) and not _is_b64(cast("dict[str, Any]", inputs)):
-        named = cast("dict[str, Any]", inputs)
-        if input_name not in named:
-            raise RequestError(f"Missing named input: {input_name} in 'inputs' object.")
-        return _list(named[input_name], "inputs"), True
-    return _list(cast("object", inputs), "inputs"), True
-
-
-def _rows(instances: list[Any], input_name: str) -> list[Any]:
-    named = isinstance(instances[0], dict) and not _is_b64(instances[0])  # pyright: ignore[reportUnknownArgumentType]
-    if not named:
-        return instances  # an object among them is refused by its type later
-    rows: list[Any] = []
-    for index, instance in enumerate(instances):
-        if not isinstance(instance, dict) or set(cast("dict[str, Any]", instance)) != {input_name}:
-            raise RequestError(
-                f"Failed to process element: {index} of 'instances' list. "
-                f"JSON object keys must be equal to: {input_name}"
-            )
-        rows.append(cast("dict[str, Any]", instance)[input_name])
-    return rows
-
-
-def _list(value: object, key: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RequestError(f"JSON Value of type {_type_name(value)}: Expecting '{key}' to be an list/array")
-    if not value:
-        raise RequestError(f"No values in '{key}' array")
-    return cast("list[Any]", value)
-
-
-def _is_b64(value: dict[str, Any]) -> bool:
-    return len(value) == 1 and isinstance(value.get("b64"), str)
-
-
-def _image(value: object, index: int) -> bytes:
-    if not isinstance(value, dict) or not _is_b64(cast("dict[str, Any]", value)):
-        raise RequestError(
-            f'Failed to process element: {index}. Expected an encoded image as {{"b64": "..."}}. '
-            f"Received: a JSON {_type_name(cast('object', value))}."
-        )
-    text = cast("dict[str, str]", value)["b64"]
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        pass
-    compact = "".join(text.split())  # absl::Base64Unescape allows white space and missing padding too
-    try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4 if "=" not in compact else 0), validate=True)
-    except (binascii.Error, ValueError):
-        raise RequestError(f"Failed to process element: {index}. Unable to base64 decode") from None
-
-
-def _pixels(values: list[Any], size_px: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    height, width = size_px
-    level = values
-    for length in (height, width, 3):
-        if any(type(item) is not list or len(cast("list[Any]", item)) != length for item in level):
-            raise RequestError(f"Expected '{PIXEL_INPUT}' as nested lists of shape [N, {height}, {width}, 3].")
-        level = list(chain.from_iterable(cast("list[list[Any]]", level)))
-    if any(kind is not int for kind in set(map(type, level))) or min(level) < 0 or max(level) > 255:
-        raise RequestError(f"Expected '{PIXEL_INPUT}' as whole numbers from 0 to 255 (uint8).")
-    return np.frombuffer(bytearray(level), np.uint8).reshape(len(values), height, width, 3)
-
-
-def _type_name(value: object) -> str:
-    names = {"NoneType": "Null", "bool": "Bool", "int": "Number", "float": "Number", "str": "String", "list": "Array"}
-    return names.get(type(value).__name__, "Object")
+def _route(action: Action, name: str, version: str | None, label: str | None) -> Route:
+    if version is not None and (len(version) > 4000 or int(version) > _MAX_VERSION):
+        raise RequestError(f"Failed to convert version: {shown(version)} to numeric.")
+    return Route(action, unquote(name), None if version is None else int(version), label and unquote(label))

@@ -107,10 +107,16 @@ def test_what_is_wrong_is_a_400_that_says_so(document, message):
 @pytest.mark.parametrize(
     ("method", "path", "route"),
     [
-        ("POST", "/v1/models/demo:predict", Route("predict", "demo", None)),
+        ("POST", "/v1/models/demo:predict", Route("predict", "demo")),
         ("POST", "/v1/models/demo/versions/7:predict", Route("predict", "demo", 7)),
-        ("GET", "/v1/models/demo", Route("status", "demo", None)),
+        ("GET", "/v1/models/demo", Route("status", "demo")),
         ("HEAD", "/v1/models/demo.v-2_x/versions/0012", Route("status", "demo.v-2_x", 12)),
+        ("POST", "/v1/models/demo/labels/champion:predict", Route("predict", "demo", None, "champion")),
+        ("POST", "/V1/Models/Demo/Versions/7:Classify", Route("classify", "Demo", 7)),
+        ("POST", "/v1/models/demo:explain", Route("explain", "demo")),
+        ("POST", "/v1/models/a%2Fb/labels/%C3%A4%3A:predict", Route("predict", "a/b", None, "ä:")),
+        ("GET", "/v1/models/demo/metadata", Route("metadata", "demo")),
+        ("GET", "/v1/models/demo/labels/champion/METADATA", Route("metadata", "demo", None, "champion")),
     ],
 )
 def test_routes(method, path, route):
@@ -120,20 +126,31 @@ def test_routes(method, path, route):
 @pytest.mark.parametrize(
     ("method", "path", "kind", "message"),
     [
-        ("GET", "/v1/models/demo:predict", MethodError, "Expected POST for /v1/models/demo:predict. Received: GET"),
-        ("DELETE", "/v1/models/demo", MethodError, "Expected GET or HEAD"),
+        ("GET", "/v1/models/demo:predict", MethodError, "Malformed request: GET /v1/models/demo:predict"),
+        ("DELETE", "/v1/models/demo", MethodError, "Malformed request: DELETE /v1/models/demo"),
+        ("POST", "/v1/models/demo/metadata", MethodError, "Malformed request"),
         ("GET", "/", UnknownModelError, "Malformed request: GET /"),
-        ("POST", "/v1/models/demo:classify", UnknownModelError, "Malformed request"),
-        ("POST", "/v1/models/demo/versions/x:predict", UnknownModelError, "Malformed request"),
-        ("POST", "/v1/models/demo/versions/٣:predict", UnknownModelError, "Malformed request"),
-        ("POST", "/v1/models/demo:predict\n", UnknownModelError, "Malformed request"),
+        ("POST", "/v2/models/demo:predict", UnknownModelError, "Malformed request"),
+        ("GET", "/v1/models", RequestError, "Missing model name in request."),
+        ("GET", "/v1/models/versions/3/metadata", RequestError, "Missing model name in request."),
+        ("POST", "/v1/models", RequestError, "Malformed request: POST /v1/models"),
+        ("GET", "/v1/foo", RequestError, "Malformed request: GET /v1/foo"),
+        ("POST", "/v1/models/demo:answer", RequestError, "Malformed request"),
+        ("POST", "/v1/models/demo:regress", RequestError, "Expected regression signature method_name to be tensorflow"),
+        ("POST", "/v1/models/demo/versions/x:predict", RequestError, "Malformed request"),
+        ("POST", "/v1/models/demo/version/3:predict", RequestError, "Malformed request"),
+        ("POST", "/v1/models/demo/label/x:predict", RequestError, "Malformed request"),
+        ("POST", "/v1/models/demo/versions/3/labels/x:predict", RequestError, "Malformed request"),
+        ("POST", "/v1/models/demo/versions/٣:predict", RequestError, "Malformed request"),
+        ("POST", "/v1/models/demo:predict\n", RequestError, "Malformed request"),
         ("GET", f"/v1/models/d/versions/{2**63}", RequestError, f"Failed to convert version: {2**63} to numeric."),
         ("GET", f"/v1/models/d/versions/{'9' * 9000}", RequestError, "Failed to convert version"),
     ],
 )
 def test_other_paths_and_methods(method, path, kind, message):
-    with pytest.raises(kind) as caught:
+    with pytest.raises(RequestError) as caught:
         protocol.parse_route(method, path)
+    assert type(caught.value) is kind
     assert str(caught.value).startswith(message)
     assert len(str(caught.value)) < 300
 
@@ -205,7 +222,7 @@ def test_scores_come_back_with_the_same_bits():
 
 
 def test_status_and_error_bodies():
-    assert json.loads(protocol.build_status(3)) == {
+    assert json.loads(protocol.build_status([(3, "AVAILABLE")])) == {
         "model_version_status": [
             {"version": "3", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
         ]
