@@ -103,17 +103,17 @@ def test_other_request_ids_are_replaced(bad: str | None):
     assert made != request_id(bad)
 
 
-def test_the_log_gets_bare_json_and_no_other_handler_does(capsys: pytest.CaptureFixture[str]):
+def test_the_log_gets_bare_json_and_no_other_handler_does(caplog: pytest.LogCaptureFixture):
     logger = logging.getLogger("cnn_ray.access")
     before = (logger.level, logger.propagate, list(logger.handlers))
-    stream = io.StringIO()
+    first, second = io.StringIO(), io.StringIO()
     try:
-        open_access_log(io.StringIO())
-        open_access_log(stream)  # a second call moves it
+        open_access_log(first)
+        open_access_log(second)  # a second call moves it
         log_access(ENTRY)
         log_access(ENTRY)
-        lines = stream.getvalue().splitlines()
-        assert [json.loads(line)["request_id"] for line in lines] == ["r-1", "r-1"]
-        assert capsys.readouterr() == ("", "")
+        assert [json.loads(line)["request_id"] for line in second.getvalue().splitlines()] == ["r-1", "r-1"]
+        assert first.getvalue() == ""
+        assert caplog.records == []  # the root logger's handlers
     finally:
         logger.level, logger.propagate, logger.handlers = before
