@@ -208,6 +208,13 @@ def list_artifacts(models_uri: str) -> list[Artifact]:
     return [load_artifact(models_uri, f"{name}@{version}") for name, version in sorted(found)]
 
 
+def list_versions(models_uri: str, name: str) -> frozenset[int]:
+    """The whole versions of one model, without reading them."""
+    keys = open_store(f"{models_uri.rstrip('/')}/{name}").keys()
+    matches = (re.fullmatch(rf"([1-9][0-9]*)/{re.escape(DESCRIPTION)}", key) for key in keys)
+    return frozenset(int(match[1]) for match in matches if match)
+
+
 def fetch_files(artifact: Artifact, names: tuple[str, ...]) -> Path:
     """A local folder that holds the named files of the version, each checked against its digest.
 

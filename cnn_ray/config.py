@@ -493,6 +493,8 @@ class ServeConfig(ModelConfig):
             raise ValueError(f"Expected each model name once. Received: {', '.join(names)}.")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("Expected ssl_certfile and ssl_keyfile together. Received: one of them.")
+        if self.haproxy and self.ssl_certfile is not None:
+            raise ValueError("Expected no ssl_certfile with haproxy: Ray's HAProxy has no TLS. Received: both.")
         if self.canary_percent > 0 and self.canary is None:
             raise ValueError("Expected canary (an alias) with canary_percent. Received: none.")
         return self

@@ -41,7 +41,7 @@ START_ATTEMPTS = 3
 PATIENCE_S = 5.0
 PAUSE_S = 0.2
 
-_REQUEST = struct.Struct("<Q")  # bytes of the file
+_REQUEST = struct.Struct("<QII")  # bytes of the file, height, width
 _ANSWER = struct.Struct("<iiiI")  # 0 and width, height, or 1; length of the failure's text behind it
 _READY = b"r"
 _MOST_TEXT_BYTES = 1024
@@ -51,10 +51,11 @@ _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SY
 
 
 class Decoders:
-    """A pool of decoder processes for one image size; safe to call from many threads."""
+    """A pool of decoder processes; safe to call from many threads."""
 
     def __init__(self, size_px: tuple[int, int], caps: ImageCaps, count: int) -> None:
-        """`count` children are started now and get ready while the caller goes on; size_px is (height, width)."""
+        """`count` children are started now and get ready while the caller goes on; no image is larger than size_px
+        (height, width)."""
         self._size_px = size_px
         self._caps = caps
         self._closed = False
@@ -65,13 +66,17 @@ class Decoders:
             self._idle.put(self._start())
 
     def decode(self, data: bytes, out: NDArray[np.uint8]) -> tuple[int, int] | RowFailure:
-        """Width and height in pixels of the original, whose pixels are in `out` (uint8 [H, W, 3]) now; or why not.
+        """Width and height in pixels of the original, whose pixels are in `out` (uint8 [H, W, 3]) now, at the size of
+        `out`; or why not.
 
         The failures are those of `cnn_ray.images.decode`, and `decoder_crash` where the bytes kill the decoder.
 
         Raises:
             UnavailableError: no decoder can be started on this machine, or the pool was closed.
+            ValueError: `out` is larger than the pool's images.
         """
+        if out.nbytes > self._size_px[0] * self._size_px[1] * 3:
+            raise ValueError(f"{out.shape} is larger than {self._size_px}")
         if len(data) > self._caps.max_bytes:
             return RowFailure(QuarantineCode.TOO_LARGE, f"{len(data)} bytes, allowed are {self._caps.max_bytes}")
         child = self._idle.get()
@@ -137,7 +142,6 @@ class _Child:
     """One decoder process and the memory shared with it: pixels first, the file behind them."""
 
     def __init__(self, size_px: tuple[int, int], caps: ImageCaps) -> None:
-        self._size_px = size_px
         self._pixel_bytes = size_px[0] * size_px[1] * 3
         self._ready = False
         self._timed_out = False
@@ -167,7 +171,7 @@ class _Child:
             return None
         try:
             self._memory[self._pixel_bytes : self._pixel_bytes + len(data)] = data
-            self._write(_REQUEST.pack(len(data)))
+            self._write(_REQUEST.pack(len(data), *out.shape[:2]))
             answer = self._read(_ANSWER.size)
             failed, width, height, text_bytes = _ANSWER.unpack(answer)
             if failed:
@@ -175,7 +179,7 @@ class _Child:
                 return RowFailure(QuarantineCode(code), detail)
         except (OSError, ValueError, EOFError):
             return None
-        out[...] = np.frombuffer(self._memory, np.uint8, self._pixel_bytes).reshape(*self._size_px, 3)
+        out[...] = np.frombuffer(self._memory, np.uint8, out.nbytes).reshape(out.shape)
         return width, height
 
     def wait_ready(self) -> bool:
@@ -291,7 +295,7 @@ def _child_main(arguments: list[str]) -> NoReturn:
     pixel_bytes = height * width * 3
     memory = mmap.mmap(descriptor, pixel_bytes + max_bytes)
     os.close(descriptor)
-    shared = np.frombuffer(memory, np.uint8, pixel_bytes).reshape(height, width, 3)
+    shared = np.frombuffer(memory, np.uint8, pixel_bytes)
     # Whatever a library prints goes nowhere: the answers have a descriptor of their own.
     answers = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -300,10 +304,10 @@ def _child_main(arguments: list[str]) -> NoReturn:
     _limit_resources(caps, pixel_bytes + max_bytes)
     os.write(answers, _READY)
     while request := os.read(0, _REQUEST.size):
-        (length,) = _REQUEST.unpack(request)
-        result = decode(memory[pixel_bytes : pixel_bytes + length], (height, width), caps)
+        length, *size_px = _REQUEST.unpack(request)
+        result = decode(memory[pixel_bytes : pixel_bytes + length], (size_px[0], size_px[1]), caps)
         if isinstance(result, DecodedImage):
-            shared[:] = result.pixels
+            shared[: result.pixels.size] = result.pixels.reshape(-1)
             os.write(answers, _ANSWER.pack(0, result.width_px, result.height_px, 0))
         else:
             text = f"{result.code} {result.detail}".encode()

