@@ -10,6 +10,8 @@ Domain: no clock, network, Ray or TensorFlow.
     json_bodies.py    JSON that strangers send, bounded in depth, memory and time
     rest_bodies.py    the bodies that clients of TensorFlow Serving's REST API send
     protocol.py       TensorFlow Serving's REST: routes, answers, statuses
+    infer_bodies.py   the infer bodies of the Open Inference Protocol: JSON and binary tensors
+    open_inference.py the Open Inference Protocol v2: routes and answers
 
 Bytes in, bytes out.
     storage_base.py   the interface of a store, and what its implementations share
@@ -20,6 +22,7 @@ Bytes in, bytes out.
     storage.py        local folders; open_store(uri)
     memory.py         what a process does with memory that it frees
     image_files.py    what a file is, from its first bytes
+    image_bodies.py   an HTTP body that is an image, or a form with one
     images.py         encoded bytes -> uint8 RGB of the model's size, or a row failure
     decoders.py       the same in child processes: a decoder that crashes costs one file
     lease.py          who works on a partition now
@@ -86,7 +89,13 @@ Jobs.
     auth.py           API keys: a file of hashes, and whose key a request brought
     endpoint_metrics.py what the endpoint counts, added up over replicas, for Prometheus
     access_log.py     one line of JSON per request
-    serve.py          the Ray Serve application
+    batcher.py        rows of many requests -> calls of the model
+    served_models.py  the versions a replica answers with; aliases followed
+    answers.py        what is asked of a model -> the answer
+    gateway.py        Ray's own HTTP answers in our form; a lost replica's request tried again
+    haproxy.py        Ray's HAProxy ingress, made safe
+    endpoint.py       the ASGI application: keys, limits, deadlines around every answer
+    serve.py          replicas of it on Ray Serve
     drawing.py        labelled synthetic screenshots
     drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
