@@ -18,8 +18,11 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ACTIONS = frozenset(
-    "predict classify explain status metadata infer server_metadata model_metadata model_ready health metrics page "
-    "openapi".split()
+    (
+        *("predict", "classify", "explain", "status", "metadata"),
+        *("infer", "server_metadata", "model_metadata", "model_ready", "health"),
+        *("metrics", "page", "openapi"),
+    )
 )
 """Values of the label `action`; anything else is counted as other, so that no client invents time series."""
 MAX_VERSIONS = 500
