@@ -92,7 +92,7 @@ class Browser:
         context = self.call("Target.createBrowserContext")["browserContextId"]
         target = self.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        tab = Tab(self, session)
+        tab = Tab(self, session, target)
         for domain in ("Page", "Runtime", "Log", "DOM", "Audits", "Network"):
             tab.call(f"{domain}.enable")
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -118,9 +118,14 @@ class Browser:
 class Tab:
     """One page, as a person with a keyboard meets it."""
 
-    def __init__(self, browser: Browser, session: str) -> None:
+    def __init__(self, browser: Browser, session: str, target: str) -> None:
         self._browser = browser
         self._session = session
+        self._target = target
+
+    def close(self) -> None:
+        """The tab is gone; what it said can still be read."""
+        self._browser.call("Target.closeTarget", targetId=self._target)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The result of one command to this tab."""
