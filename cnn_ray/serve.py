@@ -1,7 +1,6 @@
-"""The Ray Serve application of one model: TensorFlow Serving's REST protocol in, scores of `cnn_ray.predictor` out.
+"""The Ray Serve application: replicas of `cnn_ray.endpoint` behind Ray's ingress, added and taken away with the load.
 
-One deployment. A request is parsed and its images are decoded in threads; the images of all requests in flight are
-gathered by `serve.batch` into one call of the model, which runs in a thread of its own, so the event loop only waits.
+A second deployment, the board, adds up what the replicas count, because a scrape of /metrics reaches one of many.
 """
 
 from __future__ import annotations
@@ -10,159 +9,152 @@ import asyncio
 import contextlib
 import http.client
 import logging
+import os
 import signal
 import socket
+import ssl
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cnn_ray import protocol
+from cnn_ray import gateway, haproxy
 from cnn_ray.artifact import load_artifact
+from cnn_ray.auth import require_keys
 from cnn_ray.config import ServeConfig
+from cnn_ray.endpoint import RETRY_AFTER_S, Endpoint
+from cnn_ray.endpoint_metrics import MetricsBoard
 from cnn_ray.errors import ConfigError, UnavailableError
-from cnn_ray.images import ImageCaps, decode
-from cnn_ray.predictor import cpu_count, load_predictor
 from cnn_ray.ray_session import connected
-from cnn_ray.records import RowFailure
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 APP_NAME = "cnn_ray"
 READY_DEADLINE_S = 60.0
+REPORT_S = 2.0
+"""How often a replica tells the board what it counted."""
+INGRESS_VARIABLES: dict[str, str] = {}
+"""Variables of the environment that make Ray's ingress and replicas faster."""
+
+
+@serve.deployment(name="Board", num_replicas=1, ray_actor_options={"num_cpus": 0})
+class Board:
+    """The counts of all replicas."""
+
+    def __init__(self) -> None:
+        """Nobody has reported yet."""
+        self._board = MetricsBoard()
+
+    async def report(self, replica: str, snapshot: object) -> None:
+        """The replica's counts are these now."""
+        self._board.report(replica, snapshot)  # pyright: ignore[reportArgumentType]
+
+    async def render(self) -> bytes:
+        """All replicas' sums in Prometheus' text format."""
+        return self._board.render()
 
 
 @serve.deployment(name="Endpoint")
-class Endpoint:
-    """Answers HTTP requests about one model version."""
+class Replica:
+    """One replica of the endpoint."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        """A replica that has answered one warm-up batch, so that Serve sends requests only to a warm model.
+    def __init__(self, config: ServeConfig, board: DeploymentHandle) -> None:
+        """A replica whose models are warm: Serve sends requests only to such.
 
         Raises:
-            ArtifactError: the model is missing or damaged, or this node lacks the engine or precision.
+            ArtifactError: a model is missing or damaged, or this node lacks the engine or precision.
+            ConfigError: others reach the port, and there are no API keys.
         """
-        self._config = config
-        self._artifact = load_artifact(config.models_uri, config.model)
-        self._predictor = load_predictor(
-            self._artifact,
-            engine=config.engine,
-            precision=config.precision,
-            num_threads=config.num_threads,
-            use_gpu=config.num_gpus > 0,
-            one_stream=True,
-        )
-        self._caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
-        self._decoders = ThreadPoolExecutor(cpu_count() + 1, thread_name_prefix="decode")
-        self._predictors = ThreadPoolExecutor(1, thread_name_prefix="predict")
-        self._predict_rows.set_max_batch_size(config.max_batch_size)  # pyright: ignore[reportAttributeAccessIssue]
-        self._predict_rows.set_batch_wait_timeout_s(config.batch_wait_timeout_s)  # pyright: ignore[reportAttributeAccessIssue]
-        self._check_predictor()
-        logger.info("%s on %s %s is ready", self._artifact.reference, self._predictor.engine, self._predictor.precision)
+        require_keys(_listening_host(config), config)
+        self._board = board
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._endpoint = Endpoint(config, metrics_text=self._metrics_text)
+        self._background = [
+            asyncio.create_task(_every(config.alias_poll_s, self._endpoint.follow)),
+            asyncio.create_task(_every(REPORT_S, self._report)),
+        ]
 
     async def __call__(self, request: Request) -> Response:
-        """The HTTP answer; every error is {"error": ...}, and what went wrong inside is only logged."""
-        try:
-            status, body = 200, await self._answer(request)
-        except protocol.RequestError as error:
-            status, body = error.http_status, protocol.build_error(str(error))
-        except Exception:
-            logger.exception("%s %s failed", request.method, request.url.path)
-            status, body = 500, protocol.build_error("Internal error. Next: see the log of the server.")
-        return Response(body, status, media_type="application/json")
+        """The HTTP answer."""
+        answer = await self._endpoint.answer(request.scope, request.receive)
+        return Response(answer.body, answer.status, answer.headers)
 
     async def check_health(self) -> None:
-        """Returns when the model still answers; Serve replaces a replica in which this raises or hangs.
+        """Returns when the models still answer; Serve replaces a replica in which this raises or hangs.
 
         Raises:
             RuntimeError: the scores are not numbers.
         """
-        await asyncio.get_running_loop().run_in_executor(self._predictors, self._check_predictor)
+        await asyncio.get_running_loop().run_in_executor(None, self._endpoint.check)
 
-    async def _answer(self, request: Request) -> bytes:
-        route = protocol.parse_route(request.method, request.url.path)
-        protocol.check_model(route, self._artifact.name, self._artifact.version)
-        if route.action == "status":
-            return protocol.build_status(self._artifact.version)
-        body = await _read_body(request, self._config.max_body_bytes)
-        parsed = await self._in_decoder(
-            lambda: protocol.parse_predict(
-                body, size_px=self._artifact.size_px, max_instances=self._config.max_instances
-            )
-        )
-        rows = list(parsed.inputs) if isinstance(parsed.inputs, np.ndarray) else await self._decode(parsed.inputs)
-        scores = np.stack(await asyncio.gather(*(self._predict_rows(row) for row in rows)))
-        return protocol.build_predictions(parsed, self._artifact.labels, scores)
+    async def _report(self) -> None:
+        await self._board.report.remote(self._name, self._endpoint.snapshot())
 
-    async def _decode(self, images: tuple[bytes, ...]) -> list[npt.NDArray[np.uint8]]:
-        size_px, caps = self._artifact.size_px, self._caps
-        decoded = await asyncio.gather(
-            *(self._in_decoder(lambda data=data: decode(data, size_px, caps)) for data in images)
-        )
-        rows: list[npt.NDArray[np.uint8]] = []
-        for index, image in enumerate(decoded):
-            if isinstance(image, RowFailure):
-                raise protocol.row_error(index, image)
-            rows.append(image.pixels)
-        return rows
-
-    @serve.batch
-    async def _predict_rows(self, rows: list[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.float32]]:
-        """Scores float32 [C] of each row; called with one row uint8 [H, W, 3], run with those of all requests."""
-        loop = asyncio.get_running_loop()
-        return list(await loop.run_in_executor(self._predictors, lambda: self._predictor.predict(np.stack(rows))))
-
-    async def _in_decoder(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
-
-    def _check_predictor(self) -> None:
-        scores = self._predictor.predict(np.zeros((1, *self._artifact.size_px, 3), np.uint8))
-        if not np.isfinite(scores).all():
-            raise RuntimeError(f"{self._artifact.reference} answers a black image with {scores.tolist()}")
+    async def _metrics_text(self) -> bytes:
+        await self._report()
+        return await self._board.render.remote()
 
 
-async def _read_body(request: Request, max_body_bytes: int) -> bytes:
-    protocol.check_body_size(protocol.declared_size(request.headers.get("content-length")), max_body_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        protocol.check_body_size(len(body) + len(chunk), max_body_bytes)
-        body += chunk
-    return bytes(body)
+async def _every(seconds: float, work: Callable[[], object]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()  # pyright: ignore[reportGeneralTypeIssues]
+        except Exception:
+            logger.exception("%s failed; the next try is in %.0f s", work, seconds)
+
+
+def _listening_host(config: ServeConfig) -> str:
+    """The host that Ray's ingress listens on: `serve deploy` has it from its own file, not from our configuration."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    host = None if client is None else client.http_config.host
+    return config.host if host is None else host
 
 
 def build_app(config: ServeConfig) -> Application:
-    """The Serve application of the configured model. An alias is resolved here, once, so all replicas answer alike.
+    """The Serve application of the configured models. Replicas follow an alias when it moves.
 
     Raises:
         ArtifactError: no such model.
     """
-    artifact = load_artifact(config.models_uri, config.model)
-    local = "://" not in config.models_uri
-    models_uri = str(Path(config.models_uri).resolve()) if local else config.models_uri  # replicas have their own cwd
-    pinned = config.model_copy(update={"model": artifact.reference, "models_uri": models_uri})
-    return Endpoint.options(
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
+    for reference in (config.model, *config.also):
+        load_artifact(config.models_uri, reference)
+    # replicas have their own working directory
+    local = {name: _absolute(getattr(config, name)) for name in ("models_uri", "api_keys_uri")}
+    replica = Replica.options(
+        # The replica itself says no first, in the protocol's own words; Ray's queue is a second wall behind it.
+        max_ongoing_requests=2 * config.max_ongoing_requests,
+        max_queued_requests=config.max_ongoing_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        graceful_shutdown_timeout_s=config.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_surge_percent=100,
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "initial_replicas": max(config.min_replicas, 1),  # a model that does not load fails the deployment
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
         },
-    ).bind(pinned)
+    )
+    return replica.bind(config.model_copy(update=local), Board.bind())
+
+
+def _absolute(uri: str | None) -> str | None:
+    return uri if uri is None or "://" in uri else str(Path(uri).resolve())
 
 
 def run_server(config: ServeConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -173,17 +165,21 @@ def run_server(config: ServeConfig, *, on_ready: Callable[[str], None] | None = 
 
     Raises:
         ArtifactError: no such model; nothing was started.
-        ConfigError: the port is taken; nothing was started.
+        ConfigError: the port is taken, others reach it and there are no API keys, or HAProxy is asked of a cluster that
+            was started without; nothing was started.
         UnavailableError: the endpoint did not get ready.
     """
+    require_keys(config.host, config)
     app = build_app(config)
-    port = _free_port(config.host, config.port)
+    config = config.model_copy(update={"port": _free_port(config.host, config.port)})
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _running_app(app, config.host, port):
-            _wait_until_answered(config.host, port, f"/v1/models/{config.model.partition('@')[0]}")
+        with _ingress(config), _running_app(app, config):
+            _wait_until_answered(config)
             if on_ready is not None:
-                on_ready(f"http://{_client_host(config.host)}:{port}")
+                on_ready(
+                    f"{'http' if config.ssl_certfile is None else 'https'}://{_client_host(config.host)}:{config.port}"
+                )
             threading.Event().wait()
     except KeyboardInterrupt:
         logger.info("stopped")
@@ -196,19 +192,50 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 
 @contextlib.contextmanager
-def _running_app(app: Application, host: str, port: int) -> Iterator[None]:
+def _ingress(config: ServeConfig) -> Iterator[None]:
+    """Inside, a Ray that is started takes the ingress that the configuration asks for: variables of its environment."""
+    if os.environ.get("RAY_ADDRESS"):
+        if config.haproxy:
+            raise ConfigError(
+                "Expected no haproxy with RAY_ADDRESS: the cluster's nodes choose it when they start. "
+                "Received: haproxy. Next: leave it out, see README for the cluster's variables."
+            )
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="cnn_ray-serve-") as folder:
+        variables = {
+            gateway.IMPORT_PATH_VARIABLE: gateway.IMPORT_PATH,
+            gateway.MAX_BODY_VARIABLE: str(config.max_body_bytes),
+            **INGRESS_VARIABLES,
+            **(haproxy.environment(Path(folder)) if config.haproxy else {}),
+        }
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _running_app(app: Application, config: ServeConfig) -> Iterator[None]:
     with connected(logging_level=logging.WARNING):
-        _deploy(app, host, port)
+        _deploy(app, config)
         try:
             yield
         finally:
             serve.delete(APP_NAME)  # waits for the requests in flight
 
 
-def _deploy(app: Application, host: str, port: int) -> None:
+def _deploy(app: Application, config: ServeConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    tls = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile} if config.ssl_certfile else {}
     try:
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options={"host": config.host, "port": config.port, **tls})
         serve.run(app, name=APP_NAME, route_prefix="/")
     except RuntimeError as error:  # what Serve makes of an error in a replica's __init__; its log has the cause
         raise UnavailableError(
@@ -240,10 +267,15 @@ def _client_host(host: str) -> str:
     return f"[{shown}]" if ":" in shown else shown
 
 
-def _wait_until_answered(host: str, port: int, path: str) -> None:
+def _wait_until_answered(config: ServeConfig) -> None:
     deadline = time.monotonic() + READY_DEADLINE_S
+    host, path = _client_host(config.host).strip("[]"), "/v2/health/ready"
     while True:
-        connection = http.client.HTTPConnection(_client_host(host).strip("[]"), port, timeout=5)
+        if config.ssl_certfile is None:
+            connection = http.client.HTTPConnection(host, config.port, timeout=5)
+        else:  # it is our own port on this machine, and its name is not in the certificate
+            unchecked = ssl._create_unverified_context()  # noqa: S323
+            connection = http.client.HTTPSConnection(host, config.port, timeout=5, context=unchecked)
         try:
             connection.request("GET", path)
             if connection.getresponse().status == 200:
@@ -254,7 +286,7 @@ def _wait_until_answered(host: str, port: int, path: str) -> None:
             connection.close()
         if time.monotonic() > deadline:
             raise UnavailableError(
-                f"Expected an answer from http://{host}:{port}{path} within {READY_DEADLINE_S:.0f} s. "
+                f"Expected an answer from {config.host}:{config.port}{path} within {READY_DEADLINE_S:.0f} s. "
                 "Received: none. Next: see the logs in /tmp/ray/session_latest/logs/serve."
             )
         time.sleep(0.1)

@@ -42,10 +42,12 @@ class ImageDecoder:
     """Encoded bytes -> pixels, by child processes: a file that kills its decoder costs one answer."""
 
     def __init__(self, caps: ImageCaps, observe: Callable[[float], None]) -> None:
-        """`observe` is told the seconds of each image."""
+        """The child processes are warm; `observe` is told the seconds of each image."""
+        count = cpu_count()
         self._observe = observe
-        self._decoders = Decoders((LARGEST_INPUT_PX, LARGEST_INPUT_PX), caps, cpu_count())
-        self._threads = ThreadPoolExecutor(cpu_count(), thread_name_prefix="decode")
+        self._decoders = Decoders((LARGEST_INPUT_PX, LARGEST_INPUT_PX), caps, count)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
+        list(self._threads.map(lambda _: self._decoders.decode(b"", np.empty((1, 1, 3), np.uint8)), range(4 * count)))
 
     async def decode(self, data: bytes, size_px: tuple[int, int]) -> DecodedImage | RowFailure:
         """The image at size_px (height, width), or why not. Cancelling it before its turn comes saves the work."""

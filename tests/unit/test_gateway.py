@@ -20,9 +20,9 @@ def call(app, *chunks: bytes, path: str = "/v1/models/m:predict", around: Gatewa
     sent: list[dict] = []
 
     async def receive():
-        if messages:
-            return messages.pop(0)
-        await asyncio.sleep(3600)
+        if not messages:
+            await asyncio.sleep(3600)
+        return messages.pop(0)
 
     async def send(message):
         sent.append(message)

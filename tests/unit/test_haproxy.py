@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -62,8 +61,8 @@ def test_only_this_user_enters_the_folder(tmp_path):
     variables = haproxy.environment(tmp_path / "private")
 
     assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
-    folders = {os.path.dirname(v) for k, v in variables.items() if k.endswith(("_LOC", "_SOCKET_PATH", "_FILE"))}
-    assert folders == {str(tmp_path / "private")}
+    folders = {Path(v).parent for k, v in variables.items() if k.endswith(("_LOC", "_SOCKET_PATH", "_FILE"))}
+    assert folders == {tmp_path / "private"}
 
 
 def test_a_configuration_of_another_ray_is_refused(tmp_path):
