@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,36 @@ def run(command: list[str], timeout_s: float) -> Run:
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command[:6])} ... gave {process.returncode}:\n{err[-1500:]}")
     return Run(wall_s, max(meter.total_s(), _reaped_s() - reaped), out, err)
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path, extra: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The command while the block runs; then it gets SIGTERM, and it and all below it have ended.
+
+    `extra` are environment variables; what it writes goes to the log.
+    """
+    _adopt_orphans()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "CNN_RAY_DEBUG")}
+    others = _descendants(_process_stats(), set())
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, env=environment | extra, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LEFTOVER_S)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            _end_leftovers(others)
+
+
+def tree_cpu_s() -> float:
+    """User and system time so far of all living descendants of this process."""
+    stats = _process_stats()
+    ticks = sum(int(stats[pid][11]) + int(stats[pid][12]) for pid in _descendants(stats, set()) if pid in stats)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _reaped_s() -> float:

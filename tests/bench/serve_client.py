@@ -3,12 +3,12 @@
     python tests/bench/serve_client.py URL BODIES --connections 32 --seconds 8
     python tests/bench/serve_client.py URL BODIES --rate 60 --connections 256 --seconds 20 --retry --expected FILE
 
-BODIES is a folder of PNG and JPEG files; each is one request body, in turns. The last line of output is the summary as
-JSON. Closed loop: every connection sends its next request when it has its answer. Open loop (`--rate`): requests are due
-at fixed times, whoever is late; the latency counts from when a request was due, so a stall is not hidden.
+BODIES is a folder of PNG and JPEG files; each is one request body, in turns. The last line of output is the summary
+as JSON. Closed loop: every connection sends its next request when it has its answer. Open loop (`--rate`): requests are
+due at fixed times, whoever is late; the latency counts from when a request was due, so a stall is not hidden.
 
-The documented client retry (`--retry`), which is safe because a prediction changes nothing: on 429, 502, 503, 504 and on
-a connection that breaks, wait Retry-After seconds, or 0.1 s doubled each time with half of it random, and send again.
+The documented client retry (`--retry`), which is safe because a prediction changes nothing: on 429, 502, 503, 504 and
+on a connection that breaks, wait Retry-After seconds and 0.1 s doubled each time, half of it random, and send again.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Load:
         self._attempts = ATTEMPTS if retry else 1
         self._timeout_s = timeout_s
         self._idle: list[Connection] = []
-        self._random = random.Random(1)  # noqa: S311 - jitter
+        self._random = random.Random(1)
         self.answers: list[Answer] = []
         self.late = 0
         self.start = 0.0
@@ -183,7 +183,7 @@ class Load:
         await asyncio.gather(*(one() for _ in range(connections)))
 
     async def open(self, rate: float, most: int, seconds: float) -> None:
-        """`rate` requests a second, over as many connections as that takes, at most `most`; the rest is counted late."""
+        """`rate` requests a second over as many connections as that takes; beyond `most` they are counted as late."""
         self.start = time.perf_counter()
         running: set[asyncio.Task[None]] = set()
         for number in range(int(rate * seconds)):
@@ -268,7 +268,9 @@ def summary(load: Load, warm_up_s: float, seconds: float, cpu_s: float) -> dict[
     """Counts of all requests, rate and latencies of those sent after the warm-up."""
     measured = [answer for answer in load.answers if answer.sent_s >= warm_up_s]
     good = sorted(answer.latency_s for answer in measured if answer.status == 200)
-    finished = [a for a in load.answers if a.status == 200 and warm_up_s <= a.sent_s + a.latency_s <= warm_up_s + seconds]
+    finished = [
+        a for a in load.answers if a.status == 200 and warm_up_s <= a.sent_s + a.latency_s <= warm_up_s + seconds
+    ]
     return {
         "requests": len(load.answers),
         "statuses": dict(sorted(Counter(str(answer.status) for answer in load.answers).items())),

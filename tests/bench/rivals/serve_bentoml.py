@@ -4,11 +4,11 @@ Run by `bentoml serve`, which imports this file: the mode comes in an environmen
 """
 
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import bentoml
 import serve_engine
-from pathlib import Path
 from bentoml.validators import ContentType
 
 TUNED = os.environ.get("BENCH_MODE") == "tuned"

@@ -1,4 +1,4 @@
-"""Plain Ray Serve as its documentation shows it: one deployment, decode in the handler, `@serve.batch` around predict."""
+"""Plain Ray Serve as documented: one deployment, decode in the handler, `@serve.batch` around predict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bare uvicorn + Starlette without batching: `inline` in the event loop, or in `threads`, one image a core at a time."""
+"""Bare uvicorn + Starlette without batching: `inline` in the event loop, or in `threads`, one image per core."""
 
 from __future__ import annotations
 
