@@ -1,4 +1,4 @@
-"""The servers of the serve bench: how each is started, and when it answers. Also ours without Ray, as `uvicorn_ours`.
+"""The servers of the serve bench: how each is started, and when it answers. Also our parts under bare uvicorn.
 
 All get the same published IR in f32 and all cores of the machine, one worker or replica each, and answer a raw image
 body with label, score and scores.
@@ -27,6 +27,7 @@ from rivals import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 90.0
+UNDER_UVICORN = ("uvicorn_ours", "ours_alone")
 OURS_PATH = "/v1/models/bench:predict"
 MOST_ONGOING = 512
 """So that no contestant refuses a request at 128 connections: refusing is measured in tests/chaos/serve_faults.py."""
@@ -55,6 +56,7 @@ CONTESTANTS = {
             "uvicorn_inline", "the same in the event loop, both cores for the one image", "serve_uvicorn", "inline"
         ),
         Contestant("uvicorn_ours", "uvicorn with our decode and predictor in two threads"),
+        Contestant("ours_alone", "cnn_ray.endpoint under bare uvicorn, without Ray"),
         Contestant("litserve", "LitServe with its defaults", "serve_litserve", "defaults"),
         Contestant("litserve_tuned", "LitServe: batches of 16, threads, fast_queue", "serve_litserve", "tuned"),
         Contestant("bentoml", "BentoML with its defaults", "serve_bentoml", "defaults"),
@@ -85,8 +87,9 @@ def serving(contestant: Contestant, material: Material, log: Path) -> Iterator[s
 
 
 def _command(contestant: Contestant, material: Material, text: str, port: int) -> tuple[list[str], dict[str, str]]:
-    if contestant.name == "uvicorn_ours":
-        return [sys.executable, str(Path(__file__).resolve()), text, material.to_json()], {"PYTHONPATH": str(ROOT)}
+    if contestant.name in UNDER_UVICORN:
+        command = [sys.executable, str(Path(__file__).resolve()), contestant.name, str(port), material.to_json()]
+        return command, {"PYTHONPATH": str(ROOT)}
     if contestant.script is None:
         return serve_command(material, port, haproxy=contestant.mode == "haproxy"), {"PYTHONPATH": str(ROOT)}
     python = environment.interpreter(environment.SERVE_FOLDER, environment.SERVE_REQUIREMENTS)
@@ -139,10 +142,33 @@ def wait_until_answered(process: subprocess.Popen[bytes], port: int, path: str, 
     raise RuntimeError(f"Expected an answer on port {port}{path}. Received: {answer}. Its log ends:\n{end}")
 
 
-def uvicorn_ours(port: int, material: Material) -> None:
-    """Serves our decode and predictor as `uvicorn` does, without Ray, batching, limits or auth; ends with SIGTERM."""
-    import numpy as np
+def under_uvicorn(name: str, port: int, material: Material) -> None:
+    """Serves one of UNDER_UVICORN until SIGTERM."""
     import uvicorn
+
+    app = our_endpoint(material) if name == "ours_alone" else our_parts(material)
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+
+
+def our_endpoint(material: Material) -> Any:
+    """The ASGI application that `cnn-ray serve` puts behind Ray."""
+    from cnn_ray.config import ServeConfig
+    from cnn_ray.endpoint import Endpoint
+
+    return Endpoint(
+        ServeConfig(
+            model=REFERENCE,
+            models_uri=material.models,
+            engine="openvino",
+            precision="f32",
+            max_ongoing_requests=MOST_ONGOING,
+        )
+    )
+
+
+def our_parts(material: Material) -> Any:
+    """Our decode and predictor in what the rival `uvicorn` is: no Ray, batching, limits, keys, metrics or log."""
+    import numpy as np
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import JSONResponse
@@ -153,7 +179,7 @@ def uvicorn_ours(port: int, material: Material) -> None:
     from cnn_ray.predictor import cpu_count, load_predictor
 
     artifact = load_artifact(material.models, REFERENCE)
-    predictor = load_predictor(artifact, engine="openvino", precision="f32")
+    predictor = load_predictor(artifact, engine="openvino", precision="f32", serving=True)
     pool, caps = ThreadPoolExecutor(cpu_count()), ImageCaps()
 
     def work(body: bytes) -> dict[str, Any]:
@@ -169,10 +195,9 @@ def uvicorn_ours(port: int, material: Material) -> None:
         body = await request.body()
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(pool, work, body))
 
-    app = Starlette(routes=[Route("/predict", predict, methods=["POST"])])
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    return Starlette(routes=[Route("/predict", predict, methods=["POST"])])
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    uvicorn_ours(json.loads(sys.argv[1])["port"], Material.from_json(sys.argv[2]))
+    under_uvicorn(sys.argv[1], int(sys.argv[2]), Material.from_json(sys.argv[3]))
