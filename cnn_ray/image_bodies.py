@@ -7,6 +7,8 @@ an image is, its bytes decide later; its declared type only says that it is mean
 
 from __future__ import annotations
 
+import logging
+
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
@@ -116,6 +118,7 @@ def _file_of_form(boundary: bytes, body: bytes) -> bytes:
             max_header_count=MAX_HEADERS,
             max_header_size=MAX_HEADER_BYTES,
         )
+        parser.logger = logging.Logger("multipart", logging.CRITICAL)  # else each damaged form is a line in our log
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
