@@ -69,7 +69,6 @@ __all__ = [
     "build_status",
     "build_verdict",
     "check_body_size",
-    "check_model",
     "declared_size",
     "model_not_found",
     "parse_classify",
@@ -146,16 +145,6 @@ def model_not_found(route: Route) -> UnknownModelError:
     if route.version is None:
         return UnknownModelError(f"Could not find any versions of model {name}")
     return UnknownModelError(f"Could not find version {route.version} of model {name}")
-
-
-def check_model(route: Route, name: str, version: int) -> None:
-    """Returns when the route asks for the given model and version, or for the model without a version.
-
-    Raises:
-        UnknownModelError: it asks for another one; the words are TensorFlow Serving's.
-    """
-    if route.name != name or route.version not in (None, version) or route.label is not None:
-        raise model_not_found(route)
 
 
 def check_body_size(size_bytes: int, max_body_bytes: int) -> None:
