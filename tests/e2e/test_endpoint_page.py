@@ -168,7 +168,8 @@ def test_everything_is_reached_and_pressed_by_keyboard_and_the_focus_is_seen(tab
         tab.press("Tab")
         order.append(focused(tab))
         ring = "document.activeElement.id === 'file' ? document.getElementById('drop') : document.activeElement"
-        assert tab.value(f"parseFloat(getComputedStyle({ring}).outlineWidth)") >= 2, order[-1]
+        style, width = tab.value(f"(s => [s.outlineStyle, parseFloat(s.outlineWidth)])(getComputedStyle({ring}))")
+        assert (style, width >= 2) == ("solid", True), f"no ring around {order[-1]}"
     assert order == ["file", "model", "version", "Check", "explain", "curl", "copy"]
 
     tab.press("Tab", modifiers=8)
