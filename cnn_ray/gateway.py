@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,6 +36,7 @@ MAX_REPLAYED_BYTES = 8 * 1024**2
 BODIES_IN_MEMORY = 16
 """Times the largest body that one proxy holds at the same time: Ray's proxies read bodies as fast as they come."""
 
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _OWN_PATHS = ("/-/healthz", "/-/routes")
 _MESSAGES = {
     404: (404, "Nothing is served at this path."),
@@ -69,6 +71,7 @@ class Gateway:
             return await self._app(scope, receive, send)
         if self._requests >= self._max_requests:
             return await _send_error(send, *_MESSAGES[429])
+        scope = {**scope, "headers": [header for header in scope["headers"] if _is_safe(*header)]}
         body = _Body(receive, self._reserve)
         self._requests += 1
         try:
@@ -156,6 +159,11 @@ class _Answer:
                 self.refusal = _MESSAGES.get(status, (status, "The request cannot be answered."))
         if self.started:
             await self._send(message)
+
+
+def _is_safe(name: bytes, value: bytes) -> bool:
+    """Whether Ray may repeat the header: it echoes any X-Request-ID, and makes one where there is none."""
+    return name.lower() != b"x-request-id" or _REQUEST_ID.fullmatch(value) is not None
 
 
 async def _send_error(send: Send, status: int, message: str) -> None:

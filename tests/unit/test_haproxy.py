@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -41,13 +42,20 @@ def test_what_ray_renders_is_open_and_what_we_start_is_not(tmp_path):
     assert sorted(binds) == ["127.0.0.1:8123", "127.0.0.1:9101"]
     assert "stats enable" not in after
     assert f"timeout http-request {haproxy.HEADERS_TIMEOUT_S}s" in after
+    assert haproxy.safe_config(after) == after, "Ray starts HAProxy again with the file as it lies there"
 
 
 def test_haproxy_accepts_the_mended_configuration(tmp_path):
     rendered(tmp_path)
-    script = haproxy.environment(tmp_path / "private")["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    variables = haproxy.environment(tmp_path / "private")  # as Ray's own process has them, and so its HAProxy
 
-    checked = subprocess.run([script, "-c", "-f", str(tmp_path / "haproxy.cfg")], capture_output=True, text=True)
+    checked = subprocess.run(
+        [variables[haproxy.BINARY_VARIABLE], "-c", "-f", str(tmp_path / "haproxy.cfg")],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
     assert checked.returncode == 0, checked.stderr
     assert "mode 600" in (tmp_path / "haproxy.cfg").read_text()
