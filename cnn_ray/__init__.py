@@ -23,6 +23,8 @@ Bytes in, bytes out.
     memory.py         what a process does with memory that it frees
     image_files.py    what a file is, from its first bytes
     image_bodies.py   an HTTP body that is an image, or a form with one
+    openapi_schemas.py the JSON of both protocols as JSON Schema
+    openapi.py        the OpenAPI document of the endpoint
     images.py         encoded bytes -> uint8 RGB of the model's size, or a row failure
     decoders.py       the same in child processes: a decoder that crashes costs one file
     lease.py          who works on a partition now
