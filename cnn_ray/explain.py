@@ -138,7 +138,7 @@ def _blended(grey: npt.NDArray[np.float32], share: npt.NDArray[np.float32]) -> P
     """The grey image [h, w, 1] with the colour of each share [h, w] of the scale over it, uint8 [h, w, 3]."""
     at = share * (len(_STOPS) - 1)
     colour = np.stack([np.interp(at, range(len(_STOPS)), _STOPS[:, channel]) for channel in range(3)], axis=-1)
-    weight = _STRONGEST * np.sqrt(share)[..., None]
+    weight = _STRONGEST * np.power(share, 0.8)[..., None]
     return np.round(grey * (1 - weight) + colour * weight).astype(np.uint8)
 
 
