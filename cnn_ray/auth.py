@@ -20,11 +20,12 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -309,6 +310,26 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
+
+
+def is_local_request(headers: Mapping[str, str]) -> bool:
+    """Whether Host and Origin, as far as the headers (names in lower case) have them, name this machine.
+
+    An endpoint without keys that listens on loopback is still within reach of every web page that somebody on this
+    machine opens: the page sends requests there (cross-site), or gives its own name the address 127.0.0.1 and then
+    reads the answers too (DNS rebinding, as in CVE-2025-62593 of Ray). Browsers say in these headers who asks.
+    """
+    asking = [f"//{headers['host']}"] if "host" in headers else []
+    if "origin" in headers:
+        asking.append(headers["origin"])
+    return all(is_loopback(_host_of(url)) for url in asking)
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def require_keys(host: str, config: ServeConfig) -> None:

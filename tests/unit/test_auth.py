@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cnn_ray import auth
-from cnn_ray.auth import KeyRing, add_key, is_loopback, list_keys, new_key, remove_key, require_keys
+from cnn_ray.auth import KeyRing, add_key, is_local_request, is_loopback, list_keys, new_key, remove_key, require_keys
 from cnn_ray.config import ServeConfig
 from cnn_ray.errors import ConfigError, NotFoundError, StorageError
 
@@ -276,3 +276,40 @@ def test_other_hosts_need_keys_or_a_word(host: str):
         require_keys(host, ServeConfig(model="m@1"))
     require_keys(host, ServeConfig(model="m@1", api_keys_uri="keys.json"))
     require_keys(host, ServeConfig(model="m@1", allow_anonymous=True))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"host": "127.0.0.1:8000"},
+        {"host": "localhost"},
+        {"host": "LocalHost:8000"},
+        {"host": "[::1]:8000"},
+        {"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:8000"},
+        {"host": "localhost:8000", "origin": "https://localhost:3000"},
+    ],
+)
+def test_requests_of_this_machine(headers: dict[str, str]):
+    assert is_local_request(headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "rebound.example:8000"},
+        {"host": "127.0.0.1.rebound.example"},
+        {"host": "rebound.example", "origin": "http://rebound.example"},
+        {"host": "localhost", "origin": "https://page.example"},
+        {"host": "localhost", "origin": "null"},
+        {"host": "localhost", "origin": ""},
+        {"host": ""},
+        {"host": "[::1"},
+        {"host": "user@page.example"},
+        {"host": "page.example/127.0.0.1"},
+        {"host": "page.example#@127.0.0.1"},
+        {"host": "10.0.0.1:8000"},
+    ],
+)
+def test_requests_that_a_web_page_elsewhere_makes(headers: dict[str, str]):
+    assert not is_local_request(headers)
