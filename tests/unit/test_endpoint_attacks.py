@@ -20,6 +20,7 @@ from factories import image_bytes
 from cnn_ray import artifact, json_bodies
 from cnn_ray.config import ServeConfig
 from cnn_ray.endpoint import Endpoint
+from cnn_ray.gateway import Gateway
 from cnn_ray.request_errors import RequestError
 
 PREDICT = b"/v1/models/small:predict"
@@ -383,3 +384,69 @@ def test_who_is_gone_takes_his_work_with_him(endpoint: Endpoint):
     assert endpoint._body_bytes == 0
     assert endpoint._answers._images == 0
     assert ask(endpoint, "POST", PREDICT, PNG, IMAGE).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"host", b"rebound.example:8000")],
+        [(b"host", b"127.0.0.1:8000"), (b"origin", b"https://page.example")],
+        [(b"host", b"127.0.0.1:8000"), (b"origin", b"null")],
+    ],
+    ids=["DNS rebinding", "another site", "a sandboxed frame"],
+)
+def test_web_pages_elsewhere_do_not_reach_an_open_local_endpoint(endpoint: Endpoint, headers: Headers):
+    for method, path in (("POST", PREDICT), ("GET", b"/v1/models/small"), ("GET", b"/"), ("GET", b"/metrics")):
+        answer = ask(endpoint, method, path, [*PNG, *headers], IMAGE)
+        assert answer.status == 403
+        assert set(json.loads(answer.body)) == {"error"}
+    own = [(b"host", b"localhost:8000"), (b"origin", b"http://localhost:8000")]
+    assert ask(endpoint, "POST", PREDICT, [*PNG, *own], IMAGE).status == 200
+
+
+def test_who_lets_everybody_ask_may_be_asked_under_any_name(many_versions: str):
+    open_to_all = Endpoint(config_of(many_versions, allow_anonymous=True))
+    foreign = [(b"host", b"scores.example"), (b"origin", b"https://page.example")]
+    assert ask(open_to_all, "POST", PREDICT, [*PNG, *foreign], IMAGE).status == 200
+    open_to_all.close()
+
+
+def test_few_large_bodies_are_parsed_at_the_same_time(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch):
+    """A body of 64 MiB can become half a gigabyte of Python values for a moment: not in six threads at once."""
+    at_once: list[int] = [0]
+    most = 0
+
+    def slow(*args: object, **options: object) -> object:
+        nonlocal most
+        at_once[0] += 1
+        most = max(most, at_once[0])
+        time.sleep(0.05)
+        at_once[0] -= 1
+        raise RequestError("no")
+
+    monkeypatch.setattr("cnn_ray.protocol.parse_predict", slow)
+    monkeypatch.setattr("cnn_ray.answers.LARGE_BODY_BYTES", 10)
+
+    async def go() -> list[int]:
+        sent = (send_to(endpoint, "POST", PREDICT, NONE, b'{"instances": []}') for _ in range(12))
+        return [answer.status for answer in await asyncio.gather(*sent)]
+
+    assert set(asyncio.run(go())) == {400}
+    assert most <= 2
+
+
+def test_websockets_end_at_the_gateway():
+    """Ray's proxy answers them with a bare 500."""
+    sent: list[dict[str, object]] = []
+
+    async def ray(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("Ray was asked")
+
+    async def receive() -> dict[str, object]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    asyncio.run(Gateway(ray)({"type": "websocket", "path": "/", "headers": []}, receive, send))  # pyright: ignore[reportArgumentType]
+    assert [message["type"] for message in sent] == ["websocket.close"]

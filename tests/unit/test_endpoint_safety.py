@@ -35,7 +35,7 @@ def config_of(models_uri: str, **changes: object) -> ServeConfig:
 def ask(endpoint: Endpoint, method: str, path: str, **options: object) -> httpx.Response:
     async def go() -> httpx.Response:
         transport = httpx.ASGITransport(app=endpoint)  # pyright: ignore[reportArgumentType]
-        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
             return await client.request(method, path, **options)  # pyright: ignore[reportArgumentType]
 
     return asyncio.run(go())
