@@ -76,13 +76,15 @@ class Answers:
         Raises:
             RequestError: it cannot be answered; the message is for the client.
         """
-        model = await self._model(call, route)
-        if route.action == "status":
-            return Answer(200, await self._status(route, model))
+        if route.action in ("status", "metadata"):
+            return await self._description(call, route)
+        version = self._models.version_of(route.name, route.label) if route.label is not None else route.version
+        model = None
+        if route.label is None or version is not None:
+            model = await self._version(call, route.name, version)
+        if model is None:
+            raise protocol.model_not_found(route)
         artifact = model.artifact
-        if route.action == "metadata":
-            body = protocol.build_metadata(artifact.name, artifact.version, artifact.labels, artifact.size_px)
-            return Answer(200, body)
         content_type = call.headers.get("content-type")
         image = await self._parse(call, lambda: image_bodies.image_of(content_type, call.body))
         if route.action == "explain":
@@ -123,18 +125,12 @@ class Answers:
             return Answer(200, open_inference.build_health(route.action))
         if route.action == "server_metadata":
             return Answer(200, open_inference.build_server_metadata())
+        if route.action != "infer":
+            return await self._model_description(call, route)
         model = await self._version(call, route.name, route.version)
         if model is None:
             raise open_inference.model_not_found(route)
         artifact = model.artifact
-        if route.action == "model_ready":
-            return Answer(200, open_inference.build_model_ready(artifact.name))
-        if route.action == "model_metadata":
-            versions = [model.artifact.version for model in self._models.loaded if model.artifact.name == route.name]
-            body = open_inference.build_model_metadata(
-                artifact.name, sorted(versions), artifact.labels, artifact.size_px
-            )
-            return Answer(200, body)
         parsed = await self._parse(
             call,
             lambda: open_inference.parse_infer(
@@ -152,16 +148,36 @@ class Answers:
             return Answer(200, body)
         return Answer(200, body, "application/octet-stream", {"Inference-Header-Content-Length": str(header_length)})
 
-    async def _model(self, call: Call, route: protocol.Route) -> ServedModel:
+    async def _description(self, call: Call, route: protocol.Route) -> Answer:
         version = route.version
-        if route.label is not None:
+        if version is None:
             version = self._models.version_of(route.name, route.label)
-            if version is None:
-                raise protocol.model_not_found(route)
-        model = await self._version(call, route.name, version)
-        if model is None:
+        artifact = None if version is None else await self._models.describe(route.name, version)
+        if artifact is None:
             raise protocol.model_not_found(route)
-        return model
+        call.model, call.version = artifact.name, artifact.version
+        if route.action == "metadata":
+            body = protocol.build_metadata(artifact.name, artifact.version, artifact.labels, artifact.size_px)
+            return Answer(200, body)
+        versions = {artifact.version}
+        if route.version is None and route.label is None:
+            versions |= self._loaded_versions(route.name)
+        return Answer(200, protocol.build_status([(version, "AVAILABLE") for version in versions]))
+
+    async def _model_description(self, call: Call, route: open_inference.Route) -> Answer:
+        version = self._models.version_of(route.name) if route.version is None else route.version
+        artifact = None if version is None else await self._models.describe(route.name, version)
+        if artifact is None:
+            raise open_inference.model_not_found(route)
+        call.model, call.version = artifact.name, artifact.version
+        if route.action == "model_ready":
+            return Answer(200, open_inference.build_model_ready(artifact.name))
+        versions = sorted({artifact.version} | self._loaded_versions(route.name))
+        body = open_inference.build_model_metadata(artifact.name, versions, artifact.labels, artifact.size_px)
+        return Answer(200, body)
+
+    def _loaded_versions(self, name: str) -> set[int]:
+        return {model.artifact.version for model in self._models.loaded if model.artifact.name == name}
 
     async def _version(self, call: Call, name: str, version: int | None) -> ServedModel | None:
         if version is None:
@@ -172,13 +188,6 @@ class Answers:
         if model is not None:
             call.model, call.version = name, version
         return model
-
-    async def _status(self, route: protocol.Route, model: ServedModel) -> bytes:
-        versions = [model.artifact.version]
-        if route.version is None and route.label is None:
-            loaded = {other.artifact.version for other in self._models.loaded if other.artifact.name == route.name}
-            versions = sorted(loaded, reverse=True)
-        return protocol.build_status([(version, "AVAILABLE") for version in versions])
 
     async def _explain(self, call: Call, model: ServedModel, image: bytes | None) -> bytes:
         if image is None:

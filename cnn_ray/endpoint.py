@@ -87,7 +87,7 @@ class Endpoint:
         start = time.perf_counter()
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         # as it was sent: what is percent-encoded is part of a name, never of the path's grammar
-        raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
+        raw_path = scope.get("raw_path") or quote(scope["path"], safe="/:").encode()
         call = Call(scope["method"], raw_path.partition(b"?")[0].decode("latin-1"), headers)
         name = request_id(headers.get("x-request-id"))
         self.metrics.started()

@@ -27,6 +27,7 @@ from cnn_ray.errors import ArtifactError, CnnRayError
 from cnn_ray.images import DecodedImage, ImageCaps
 from cnn_ray.predictor import Predictor, cpu_count, load_predictor
 from cnn_ray.records import RowFailure
+from cnn_ray.request_errors import OverloadedError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ T = TypeVar("T")
 
 LARGEST_INPUT_PX = 2048
 """Model inputs, and drawings of explanations, have at most this many pixels squared; memory nobody touches is free."""
+MOST_LOADING = 2
+"""Versions that are being loaded at the same time because somebody asked; more are told to come back."""
+MOST_DESCRIBED = 64
 CANARY_SLOTS = 10_000
 """The canary's share is exact to a hundredth of a percent."""
 
@@ -96,7 +100,8 @@ class ServedModels:
         self._pinned: dict[tuple[str, int], ServedModel] = {}
         self._asked: OrderedDict[tuple[str, int], ServedModel] = OrderedDict()
         self._known: dict[str, tuple[float, frozenset[int]]] = {}
-        self._loading = asyncio.Lock()
+        self._described: OrderedDict[tuple[str, int], Artifact] = OrderedDict()
+        self._loading: dict[tuple[str, int], asyncio.Task[ServedModel]] = {}
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._told: set[str] = set()
 
@@ -179,6 +184,7 @@ class ServedModels:
         """The version, loaded if it was not; None where there is none of that name and number.
 
         Raises:
+            OverloadedError: others are being loaded.
             CnnRayError: it is damaged, or the store does not answer.
         """
         key = (name, version)
@@ -187,10 +193,30 @@ class ServedModels:
         model = self.peek(name, version)
         if model is not None or name not in self._configured or version not in await self.versions(name):
             return model
+        if key not in self._loading and len(self._loading) >= MOST_LOADING:
+            raise OverloadedError("Other versions are being loaded. Next: try again.")
         model = await self._loaded(key)
         if key not in self._pinned:
             self._keep(key, model)
         return model
+
+    async def describe(self, name: str, version: int) -> Artifact | None:
+        """What the version says of itself, None where there is none; asking costs no model.
+
+        Raises:
+            CnnRayError: its description is damaged, or the store does not answer.
+        """
+        key = (name, version)
+        model = self.peek(name, version)
+        if model is not None:
+            return model.artifact
+        if name not in self._configured or version not in await self.versions(name):
+            return None
+        if key not in self._described:
+            self._described[key] = await self._in_loader(load_artifact, self._config.models_uri, f"{name}@{version}")
+            if len(self._described) > MOST_DESCRIBED:
+                self._described.popitem(last=False)
+        return self._described[key]
 
     async def versions(self, name: str) -> frozenset[int]:
         """All versions of a configured model, as the store said at most alias_poll_s ago: asking for what is not there
@@ -217,8 +243,15 @@ class ServedModels:
         return wanted
 
     async def _loaded(self, key: tuple[str, int]) -> ServedModel:
-        async with self._loading:
-            return self.peek(*key) or await self._in_loader(self._load, *key)
+        """The version, from memory or loaded once for all who wait for it, even if some of them go away."""
+        model = self.peek(*key)
+        if model is not None:
+            return model
+        if key not in self._loading:
+            task = asyncio.ensure_future(self._in_loader(self._load, *key))
+            task.add_done_callback(lambda done: (self._loading.pop(key), done.cancelled() or done.exception()))
+            self._loading[key] = task
+        return await asyncio.shield(self._loading[key])
 
     def _load(self, name: str, version: int) -> ServedModel:
         config = self._config
