@@ -74,6 +74,10 @@ class Batcher:
         self._start_calls()
         try:
             return np.stack([await row.scores for row in mine])
+        except asyncio.CancelledError:
+            gone = {id(row) for row in mine}
+            self._waiting = deque(row for row in self._waiting if id(row) not in gone)
+            raise
         finally:
             for row in mine:  # a failed row leaves the others without anybody who waits
                 if not row.scores.cancel() and not row.scores.cancelled():

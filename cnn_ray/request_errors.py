@@ -23,6 +23,12 @@ class UnauthorizedError(RequestError):
     http_status: ClassVar[int] = 401
 
 
+class ForbiddenError(RequestError):
+    """The request comes from a web page elsewhere, or asks this server under a name that is not its own."""
+
+    http_status: ClassVar[int] = 403
+
+
 class UnknownModelError(RequestError):
     """The request is about a model, version or path that is not served here."""
 

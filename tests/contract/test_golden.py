@@ -71,7 +71,7 @@ def ask(endpoint: Endpoint, request: dict[str, Any]) -> httpx.Response:
 
     async def asked() -> httpx.Response:
         transport = httpx.ASGITransport(app=endpoint)  # pyright: ignore[reportArgumentType]
-        async with httpx.AsyncClient(transport=transport, base_url="http://endpoint") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(
                 request["method"],
                 request["path"],
