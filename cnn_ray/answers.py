@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 LARGE_BODY_BYTES = 256 * 1024
 """From here on a body is parsed in a thread, for others' sake; below, a thread costs more than the parsing."""
+MOST_PARSING = 2
+"""Large bodies that are parsed at the same time: 64 MiB of JSON are half a gigabyte of Python values for a moment."""
 EXPLAIN_BATCH = 8
 """Variants of an explanation that wait for the model at a time, so that others' images come between them."""
 
@@ -68,6 +71,7 @@ class Answers:
         self._models = models
         self._decoder = decoder
         self._explaining = asyncio.Semaphore(1)
+        self._parsers = ThreadPoolExecutor(MOST_PARSING, thread_name_prefix="parse")
         self._images = 0
 
     async def tensorflow(self, call: Call, route: protocol.Route) -> Answer:
@@ -253,4 +257,4 @@ class Answers:
     async def _parse(self, call: Call, work: Callable[[], T]) -> T:
         if len(call.body) < LARGE_BODY_BYTES:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(None, work)
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, work)

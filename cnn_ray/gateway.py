@@ -67,6 +67,8 @@ class Gateway:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """The ASGI interface."""
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1003})
         if scope["type"] != "http" or scope["path"] in _OWN_PATHS:
             return await self._app(scope, receive, send)
         if self._requests >= self._max_requests:
