@@ -41,7 +41,6 @@ _OWN_PATHS = ("/-/healthz", "/-/routes")
 _MESSAGES = {
     404: (404, "Nothing is served at this path."),
     408: (504, "Expected an answer in time. Received: none yet. Next: ask for less at once."),
-    413: (413, "Expected a smaller body. Received: more. Next: send fewer instances."),
     429: (429, "Too many requests are waiting. Next: try again."),
     503: (503, "No replica can answer now. Next: try again."),
 }
@@ -96,7 +95,7 @@ class Gateway:
     def _reserve(self, size: int, whole: int) -> tuple[int, str] | None:
         """Takes `size` bytes more for a body that has `whole` with them, or says why not."""
         if whole > self._max_body_bytes:
-            return _MESSAGES[413]
+            return 413, f"Expected a body of at most {self._max_body_bytes} bytes. Received: more. Next: send less."
         if self._bytes + size > BODIES_IN_MEMORY * self._max_body_bytes:
             return _MESSAGES[429]
         self._bytes += size

@@ -1,4 +1,5 @@
-"""The endpoint as its clients meet it: one server process for the module, plain HTTP, and scores equal to the bit."""
+"""The endpoint on Ray Serve as its clients meet it: one server process for the module, plain HTTP, an API key, a model
+by alias, and scores equal to the bit. What needs no Ray is in tests/contract and tests/unit/test_endpoint_*.py."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import base64
 import http.client
 import json
 import os
+import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +27,7 @@ import yaml
 from factories import LABELS, SIDE_PX, image_bytes, write_images
 
 from cnn_ray.artifact import Artifact, set_alias
+from cnn_ray.auth import add_key
 from cnn_ray.config import ScoreConfig, ServeConfig
 from cnn_ray.errors import ArtifactError, ConfigError
 from cnn_ray.images import DecodedImage, ImageCaps, decode
@@ -34,6 +38,7 @@ from cnn_ray.score import run_score
 ROOT = Path(__file__).parents[2]
 START_DEADLINE_S = 240
 MAX_BODY_BYTES = 200_000
+PNG = {"Content-Type": "image/png"}
 RUN = """
 import sys
 from cnn_ray.config import ServeConfig
@@ -48,6 +53,9 @@ class Server:
     host: str
     port: int
     process: subprocess.Popen[str]
+    key: str
+    models_uri: str
+    log: Path
 
     def send(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **kwargs: Any):
         """(status, document, headers) of one request on a connection of its own."""
@@ -56,10 +64,11 @@ class Server:
             body if isinstance(body, bytes) or body is None or hasattr(body, "__next__") else json.dumps(body).encode()
         )
         try:
-            connection.request(method, path, data, headers or {}, **kwargs)
+            connection.request(method, path, data, {"Authorization": f"Bearer {self.key}", **(headers or {})}, **kwargs)
             response = connection.getresponse()
             raw = response.read()
-            assert response.headers["content-type"] == "application/json"
+            if response.headers["content-type"] != "application/json":
+                return response.status, raw, response.headers
             return response.status, json.loads(raw) if raw else None, response.headers
         finally:
             connection.close()
@@ -69,14 +78,29 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(small_models: str, small_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The only start of Ray and Serve in this file; SIGTERM must end it with exit code 0."""
+def models(small_models: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Models folder with small@1 as champion, and small@2: the same net under another number."""
+    folder = tmp_path_factory.mktemp("models")
+    for version in (1, 2):
+        shutil.copytree(Path(small_models) / "small" / "1", folder / "small" / str(version))
+        description = folder / "small" / str(version) / "artifact.json"
+        description.write_text(json.dumps(json.loads(description.read_text()) | {"version": version}))
+    set_alias(str(folder), "small", "champion", 1)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def server(models: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The only start of Ray and Serve in this file; SIGTERM must end it with exit code 0 and leave nothing behind."""
+    folder = tmp_path_factory.mktemp("serve")
+    key = add_key(str(folder / "keys.json"), "tests")
     config = ServeConfig(
-        model="small@1", models_uri=small_models, engine="openvino", precision="f32", port=0,
-        max_body_bytes=MAX_BODY_BYTES, max_instances=8, max_replicas=1, num_cpus=0.5,
+        model="small@champion", models_uri=models, engine="openvino", precision="f32", port=0, alias_poll_s=0.3,
+        max_body_bytes=MAX_BODY_BYTES, max_instances=8, max_replicas=1, num_cpus=0.5, drain_s=3,
+        api_keys_uri=str(folder / "keys.json"),
     )  # fmt: skip
-    log = tmp_path_factory.mktemp("serve") / "stderr"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    log = folder / "stderr"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"TMPDIR": str(folder)}
     with log.open("w") as stderr:
         command = [sys.executable, "-c", RUN, config.model_dump_json()]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
@@ -85,9 +109,10 @@ def server(small_models: str, small_artifact: Artifact, tmp_path_factory: pytest
         ready, _, _ = select.select([process.stdout], [], [], START_DEADLINE_S)
         url = process.stdout.readline().strip() if ready else ""
         assert url.startswith("http://127.0.0.1:"), f"not ready: {url!r}\n{log.read_text()[-2000:]}"
-        yield Server("127.0.0.1", int(url.rpartition(":")[2]), process)
+        yield Server("127.0.0.1", int(url.rpartition(":")[2]), process, key, models, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+        assert not list(folder.glob("cnn_ray-serve-*"))
     finally:
         if process.poll() is None:
             process.kill()
@@ -174,11 +199,9 @@ def test_status(server):
         ("POST", "/v1/models/small/versions/7:predict", 404, "Servable not found for request: Specific(small, 7)"),
         ("GET", "/v1/models/other", 404, "Could not find any versions of model other"),
         ("GET", "/v1/models/small/versions/7", 404, "Could not find version 7 of model small"),
-        ("GET", "/v1/models/small:predict", 405, "Expected POST for /v1/models/small:predict. Received: GET."),
-        ("POST", "/v1/models/small", 405, "Expected GET or HEAD for /v1/models/small. Received: POST."),
-        ("GET", "/", 404, "Malformed request: GET /"),
+        ("GET", "/v1/models/small:predict", 405, "Malformed request: GET /v1/models/small:predict"),
         ("GET", "/docs", 404, "Malformed request: GET /docs"),
-        ("DELETE", "/v2/models/small", 404, "Malformed request: DELETE /v2/models/small"),
+        ("DELETE", "/v2/models/small", 405, "Expected GET or HEAD for /v2/models/small. Received: DELETE."),
     ],
 )
 def test_other_models_and_routes(server, method, path, status, message):
@@ -212,14 +235,15 @@ def test_what_is_wrong_with_a_body_is_told(server, body, message):
 def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_read(server):
     start = time.monotonic()
     with socket.create_connection((server.host, server.port), timeout=30) as client:
-        client.sendall(b"POST /v1/models/small:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{")
+        head = f"POST /v1/models/small:predict HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+        client.sendall(head.encode() + b"Content-Length: 99999999999\r\n\r\n{")
         answer = ""
-        while not answer.endswith("}") and (received := client.recv(4096)):  # headers and body may come apart
+        while received := client.recv(4096):
             answer += received.decode()
 
     assert answer.startswith("HTTP/1.1 413 ")
     assert f"at most {MAX_BODY_BYTES} bytes" in answer
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 20, "and the connection ends, so that the rest is not sent"
 
 
 def test_a_chunked_body_is_refused_once_it_is_too_large(server):
@@ -231,13 +255,75 @@ def test_a_chunked_body_is_refused_once_it_is_too_large(server):
     assert f"at most {MAX_BODY_BYTES} bytes" in document["error"]
 
 
+def test_without_a_key_only_the_page_and_health_are_answered(server):
+    none = {"Authorization": ""}
+
+    assert server.send("POST", "/v1/models/small:predict", b"{}", none)[0] == 401
+    assert server.send("GET", "/metrics", headers=none)[0] == 401
+    assert server.send("GET", "/v2/health/ready", headers=none)[0] == 200
+    status, page, headers = server.send("GET", "/", headers=none)
+    assert (status, page[:15]) == (200, b"<!doctype html>")
+    assert "script-src 'self'" in headers["content-security-policy"]
+
+
+def test_an_image_body_and_the_open_inference_protocol_give_the_same_scores(server, expected):
+    image = image_bytes(5)
+
+    _, verdict, _ = server.send("POST", "/v1/models/small:predict", image, PNG)
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [b64(image)["b64"]]}
+    _, answer, _ = server.send("POST", "/v2/models/small/infer", {"inputs": [tensor]})
+
+    same_bits([[verdict["scores"][label] for label in LABELS]], [expected(image)])
+    same_bits([next(o["data"] for o in answer["outputs"] if o["name"] == "scores")], [expected(image)])
+    assert verdict["label"] == LABELS[int(expected(image).argmax())]
+    assert (verdict["model"], verdict["version"]) == ("small", 1)
+
+
+def test_explain_is_a_png(server):
+    status, png, headers = server.send("POST", "/v1/models/small:explain", image_bytes(5), PNG)
+
+    assert (status, headers["content-type"], png[:4]) == (200, "image/png", b"\x89PNG")
+
+
+def test_the_request_id_comes_back_once(server):
+    for sent, expected_pattern in (("abc-1", "abc-1"), (None, "[0-9a-f-]{32,36}"), ("a b", "[0-9a-f-]{32,36}")):
+        _, _, headers = server.send("GET", "/v1/models/small", headers={"X-Request-ID": sent} if sent else {})
+        assert [re.fullmatch(expected_pattern, value) is not None for value in headers.get_all("x-request-id")] == [
+            True
+        ]
+
+
+def test_a_deadline_that_cannot_be_held_is_504_in_our_form(server):
+    late = {"X-Request-Timeout-Seconds": "0.0001"}
+
+    status, document, _ = server.send("POST", "/v1/models/small:predict", {"instances": [b64(image_bytes(0))]}, late)
+
+    assert (status, set(document)) == (504, {"error"})
+
+
+def test_metrics_are_the_sums_of_all_replicas(server):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def count() -> float:
+        status, text, _ = server.send("GET", "/metrics")
+        assert status == 200
+        families = {f.name: f for f in text_string_to_metric_families(text.decode())}
+        labels = {"action": "predict", "code": "200", "model": "small", "version": "1"}
+        return sum(s.value for s in families["cnn_ray_requests"].samples if s.labels == labels)
+
+    before = count()
+    for seed in range(3):
+        server.predict({"instances": [b64(image_bytes(seed))]})
+
+    assert count() == before + 3
+
+
 def test_the_openvino_replica_has_not_imported_tensorflow(server, expected):
     replicas = [p for p in Path("/proc").iterdir() if p.name.isdigit() and _is_replica_of(p, server.process.pid)]
 
-    assert replicas, "no replica found below the server process"
+    assert any("/openvino/" in (replica / "maps").read_text() for replica in replicas), "no replica was found"
     for replica in replicas:
         maps = (replica / "maps").read_text()
-        assert "/openvino/" in maps
         assert "libtensorflow_framework" not in maps  # OpenVINO has a frontend named tensorflow, which is small
 
 
@@ -266,6 +352,8 @@ def test_a_wrong_model_or_a_taken_port_is_told_before_ray_starts(small_models):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"Expected a free address to listen on. Received: 127.0.0.1:{port}"):
             run_server(ServeConfig(model="small@1", models_uri=small_models, port=port))
+    with pytest.raises(ConfigError, match=r"Expected API keys .* Received: host 0.0.0.0"):
+        run_server(ServeConfig(model="small@1", models_uri=small_models, host="0.0.0.0"))
     assert not ray.is_initialized()
 
 
@@ -279,7 +367,7 @@ def test_serve_run_builds_the_application_from_key_value_arguments(small_models)
     app = build(build_app, {"model": "small@champion", "models_uri": small_models, "max_replicas": "3"})
 
     deployment = app._bound_deployment
-    assert deployment.init_args[0].model == "small@1", "the alias is resolved once, for all replicas"
+    assert deployment.init_args[0].model == "small@champion", "replicas follow the alias"
     assert deployment._deployment_config.autoscaling_config.max_replicas == 3
     with pytest.raises(ValidationError, match="max_replica"):
         build(build_app, {"model": "small@1", "max_replica": "3"})
@@ -310,3 +398,29 @@ def test_the_score_job_gives_the_same_scores(server, small_models, tmp_path):
     for row in rows:
         _, document = server.predict({"instances": [b64(Path(row["uri"]).read_bytes())]})
         assert np.array_equal(np.float32(document["predictions"][0]["scores"]), np.float32(row["scores"]))
+
+
+def test_a_promoted_version_answers_without_a_failed_request(server):
+    """Last in the file: from here on the champion is another version."""
+    versions: list[int] = []
+    body = image_bytes(9)
+
+    def ask() -> int:
+        status, verdict, _ = server.send("POST", "/v1/models/small:predict", body, PNG)
+        assert status == 200, verdict
+        versions.append(verdict["version"])
+        return verdict["version"]
+
+    assert ask() == 1
+    set_alias(server.models_uri, "small", "champion", 2)
+    deadline = time.monotonic() + 30
+    while ask() != 2:
+        assert time.monotonic() < deadline, "the alias is not followed"
+
+    assert versions == sorted(versions), "one replica does not go back"
+    _, status, _ = server.send("GET", "/v1/models/small")
+    assert [v["version"] for v in status["model_version_status"]] == ["2", "1"]
+    _, old, _ = server.send("POST", "/v1/models/small/versions/1:predict", body, PNG)
+    assert old["version"] == 1
+    _, labelled, _ = server.send("POST", "/v1/models/small/labels/champion:predict", body, PNG)
+    assert labelled["version"] == 2
