@@ -46,9 +46,13 @@ def build_openapi(names: Sequence[str], config: ServeConfig, *, auth: bool) -> J
     components: Json = {
         "schemas": build_schemas(config.max_instances),
         "parameters": {
-            "name": _parameter("name", {"type": "string", "enum": list(names)}, "Name of the model."),
-            "version": _parameter("version", version, "Version of the model; without one, its default alias decides."),
-            "label": _parameter("label", {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"}, "Alias of a version."),
+            "name": _parameter("name", {"type": "string", "enum": list(names)}, "Name of the model.", names[0]),
+            "version": _parameter(
+                "version", version, "Version of the model; without one, its default alias decides.", 1
+            ),
+            "label": _parameter(
+                "label", {"type": "string", "pattern": "^[A-Za-z0-9_-]+$"}, "Alias of a version.", "champion"
+            ),
         },
         "responses": {status: _error_response(status) for status in STATUSES},
         "headers": {"X-Request-ID": {"description": "The request's own, or a new one.", "schema": {"type": "string"}}},
@@ -77,8 +81,9 @@ def _mapping(value: object) -> Json:
     return value  # pyright: ignore[reportUnknownVariableType]
 
 
-def _parameter(name: str, schema: Json, description: str) -> Json:
-    return {"name": name, "in": "path", "required": True, "schema": schema, "description": description}
+def _parameter(name: str, schema: Json, description: str, example: object) -> Json:
+    parameter: Json = {"name": name, "in": "path", "required": True, "schema": schema}
+    return {**parameter, "description": description, "example": example}
 
 
 def _error_response(status: str) -> Json:

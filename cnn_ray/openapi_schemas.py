@@ -62,7 +62,8 @@ def _predict(most: int) -> Json:
     images, pixels = (_list(_ref(name), 1, most) for name in ("EncodedImage", "Pixels"))
     named = [_closed(image_bytes=_ref("EncodedImage")), _closed(pixels=_ref("Pixels"))]
     rows = _one_of(images, pixels, *(_list(kind, 1, most) for kind in named))
-    columns = _one_of(images, pixels, _closed(image_bytes=images), _closed(pixels=pixels))
+    by_name = [_object(["image_bytes"], image_bytes=images), _object(["pixels"], pixels=pixels)]
+    columns: Json = {"anyOf": [images, pixels, *by_name]}
     signature: Json = {"enum": ["", "serving_default", "serving_pixels"]}
     return _one_of(
         {**_object(["instances"], instances=rows, signature_name=signature), "not": {"required": ["inputs"]}},
@@ -81,7 +82,7 @@ def _rest_requests(most: int) -> Json:
         "Classify": _object(
             ["examples"],
             signature_name={"enum": ["", "serving_default"]},
-            context={"type": "object", "maxProperties": 0},
+            context={"type": "object"},
             examples=_list(_object(["image_bytes"], image_bytes=feature), 1, most),
         ),
     }
@@ -90,7 +91,7 @@ def _rest_requests(most: int) -> Json:
 def _rest_answers() -> Json:
     named = _closed(classes=_list(_TEXT, 1), scores=_list(_SCORE, 1))
     columns = _closed(classes=_list(_list(_TEXT, 1), 1), scores=_list(_list(_SCORE, 1), 1))
-    pair: Json = {"type": "array", "prefixItems": [_TEXT, _SCORE], "items": False, "minItems": 2}
+    pair = {**_list({"type": ["string", "number"]}, 2, 2), "description": "Label and score."}
     state: Json = {"enum": ["START", "LOADING", "AVAILABLE", "UNLOADING", "END"]}
     health = _closed(error_code=_TEXT, error_message=_TEXT)
     return {

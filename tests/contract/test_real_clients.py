@@ -6,18 +6,15 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
 
 import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
-import uvicorn
 from factories import SIDE_PX, image_bytes
+from running_endpoint import running
 from tritonclient.utils import InferenceServerException
 
 from cnn_ray.artifact import Artifact
@@ -27,27 +24,14 @@ from cnn_ray.images import DecodedImage, ImageCaps, decode
 from cnn_ray.predictor import load_predictor
 
 IMAGES = [image_bytes(seed) for seed in range(4)]
-START_DEADLINE_S = 30.0
 
 
 @pytest.fixture(scope="module")
 def address(small_models: str) -> Iterator[str]:
     """HOST:PORT of the endpoint of `small@1` under uvicorn."""
-    endpoint = Endpoint(
-        ServeConfig(models_uri=small_models, model="small@1", precision="f32", num_threads=1, access_log=False)
-    )
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(endpoint, log_level="warning"))  # pyright: ignore[reportArgumentType]
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        deadline = time.monotonic() + START_DEADLINE_S
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
-        yield "{}:{}".format(*listening.getsockname())
-        server.should_exit = True
-        thread.join()
-    endpoint.close()
+    config = ServeConfig(models_uri=small_models, model="small@1", precision="f32", num_threads=1, access_log=False)
+    with running(Endpoint(config)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
