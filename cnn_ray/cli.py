@@ -13,8 +13,8 @@ import click
 
 import cnn_ray
 from cnn_ray.cli_models import compare, evaluate, model
-from cnn_ray.cli_serve import keys
-from cnn_ray.config import ScoreConfig, ServeConfig, TrainConfig
+from cnn_ray.cli_serve import keys, serve
+from cnn_ray.config import ScoreConfig, TrainConfig
 from cnn_ray.errors import CnnRayError
 from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
 from cnn_ray.flags import print_config as show_config
@@ -145,29 +145,6 @@ def train(
 
 
 @commands.command()
-@config_flags(ServeConfig)
-@shared_flags
-def serve(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
-    """Answer single screenshots over HTTP, as TensorFlow Serving does."""
-    config = config_from_flags(ServeConfig, config_file, flags)
-    if print_config:
-        return show_config(config)
-    from cnn_ray.artifact import load_artifact
-
-    if dry_run:
-        artifact = load_artifact(config.models_uri, config.model)
-        click.echo(f"Would serve {artifact.reference} at http://{config.host}:{config.port}/v1/models/{artifact.name}")
-        return None
-    from cnn_ray import console as ui
-    from cnn_ray.serve import run_server
-
-    name = config.model.partition("@")[0]
-    ui.say(stderr_console(), f"Starting Ray Serve for {config.model} (about 15 s)")
-    run_server(config, on_ready=lambda url: click.echo(f"Ready: POST {url}/v1/models/{name}:predict (Ctrl-C ends it)"))
-    return None
-
-
-@commands.command()
 @click.argument("folder", default=".", metavar="[FOLDER]")
 def demo(folder: str) -> None:
     """Draw screenshots, train on them, score unseen ones: the whole line in FOLDER, with nothing but this package."""
@@ -180,6 +157,7 @@ commands.add_command(model)
 commands.add_command(evaluate)
 commands.add_command(compare)
 commands.add_command(keys)
+commands.add_command(serve)
 
 
 @commands.group()

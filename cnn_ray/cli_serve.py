@@ -1,8 +1,40 @@
-"""The verbs about the endpoint: `keys add | list | remove`."""
+"""The verbs about the endpoint: `serve`, and `keys add | list | remove`."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
+
+from cnn_ray.config import ServeConfig
+from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console
+from cnn_ray.flags import print_config as show_config
+
+
+@click.command()
+@config_flags(ServeConfig)
+@shared_flags
+def serve(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
+    """Answer single screenshots over HTTP, as TensorFlow Serving and Triton do, with a page for people at /."""
+    config = config_from_flags(ServeConfig, config_file, flags)
+    if print_config:
+        return show_config(config)
+    from cnn_ray.artifact import load_artifact
+    from cnn_ray.auth import require_keys
+
+    name = config.model.partition("@")[0]
+    if dry_run:
+        require_keys(config.host, config)
+        served = ", ".join(load_artifact(config.models_uri, model).reference for model in (config.model, *config.also))
+        return click.echo(f"Would serve {served} at {config.host}:{config.port}")
+    from cnn_ray import console as ui
+    from cnn_ray.serve import run_server
+
+    def ready(url: str) -> None:
+        click.echo(f"Ready: {url}/v1/models/{name}:predict" + (f", page at {url}/" if config.page else ""))
+
+    ui.say(stderr_console(), f"Starting Ray Serve for {config.model} (about 15 s; Ctrl-C ends it)")
+    return run_server(config, on_ready=ready)
 
 
 @click.group()
