@@ -133,13 +133,13 @@ def _draw(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def publish(material: Material) -> None:
-    """`bench@1` of the architecture lies in the models folder. Random weights take as long as trained ones."""
+def publish(material: Material, seed: int = 0) -> None:
+    """The next version of `bench` lies in the models folder. Random weights take as long as trained ones."""
     from cnn_ray.export import publish_artifact
     from cnn_ray.model import build_classifier
 
     side = material.size_px
-    model = build_classifier(material.definition, len(LABELS))
+    model = build_classifier(material.definition, len(LABELS), seed=seed)
     publish_artifact(
         model,
         models_uri=material.models,

@@ -20,6 +20,7 @@ import itertools
 import json
 import random
 import statistics
+import struct
 import sys
 import time
 from collections import Counter
@@ -36,7 +37,6 @@ ATTEMPTS = 8
 FIRST_WAIT_S = 0.1
 BROKEN = 0
 """Stands for a status where the connection broke before an answer."""
-TOLERANCE = 1e-6
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 
 
@@ -50,6 +50,7 @@ class Answer:
     attempts: int
     wrong: bool
     retry_after: bool
+    version: str | None
 
 
 @dataclass(frozen=True)
@@ -129,21 +130,27 @@ class Checker:
 
     def __init__(self, expected: dict[str, dict[str, list[float]]] | None) -> None:
         self._expected = expected
-        self._good: set[tuple[str, bytes]] = set()
+        self._good: dict[tuple[str, bytes], str | None] = {}
 
-    def wrong(self, name: str, body: bytes) -> bool:
+    def check(self, name: str, body: bytes) -> tuple[bool, str | None]:
+        """(whether the answer is wrong, the version that it names)."""
         if (name, body) in self._good:
-            return False
+            return False, self._good[name, body]
         try:
             version, scores = scores_of(json.loads(body))
         except (ValueError, KeyError, TypeError, IndexError):
-            return True
+            return True, None
         if self._expected is not None:
             wanted = self._expected.get(version or next(iter(self._expected)), {}).get(name)
-            if wanted is None or any(abs(a - b) > TOLERANCE for a, b in zip(scores, wanted, strict=True)):
-                return True
-        self._good.add((name, body))
-        return False
+            if wanted is None or float32(scores) != float32(wanted):
+                return True, version
+        self._good[name, body] = version
+        return False, version
+
+
+def float32(scores: list[float]) -> bytes:
+    """Their bits: an answer may write a float32 with as many digits as it likes."""
+    return struct.pack(f"{len(scores)}f", *scores)
 
 
 def scores_of(document: Any) -> tuple[str | None, list[float]]:
@@ -170,10 +177,11 @@ class Load:
         self.answers: list[Answer] = []
         self.late = 0
         self.start = 0.0
+        self.start_unix_s = 0.0
 
     async def closed(self, connections: int, seconds: float) -> None:
         """As fast as the answers come, over so many connections."""
-        self.start = time.perf_counter()
+        self._begin()
         end = self.start + seconds
 
         async def one() -> None:
@@ -184,7 +192,7 @@ class Load:
 
     async def open(self, rate: float, most: int, seconds: float) -> None:
         """`rate` requests a second over as many connections as that takes; beyond `most` they are counted as late."""
-        self.start = time.perf_counter()
+        self._begin()
         running: set[asyncio.Task[None]] = set()
         for number in range(int(rate * seconds)):
             due = self.start + number / rate
@@ -199,6 +207,9 @@ class Load:
         while running:
             await asyncio.wait(running)
 
+    def _begin(self) -> None:
+        self.start, self.start_unix_s = time.perf_counter(), time.time()
+
     async def _ask(self, body: Body, due: float) -> None:
         status, connection, attempt = BROKEN, None, 0
         for attempt in range(1, self._attempts + 1):
@@ -207,10 +218,12 @@ class Load:
             status, connection = await self._once(body)
             if status != BROKEN and status not in RETRYABLE:
                 break
-        wrong = status == 200 and connection is not None and self._checker.wrong(body.name, connection.body)
+        wrong, version = False, None
+        if status == 200 and connection is not None:
+            wrong, version = self._checker.check(body.name, connection.body)
         told = connection is not None and connection.retry_after is not None
         done = time.perf_counter()
-        self.answers.append(Answer(due - self.start, done - due, status, attempt, wrong, told))
+        self.answers.append(Answer(due - self.start, done - due, status, attempt, wrong, told, version))
 
     def _pause(self, attempt: int, connection: Connection | None) -> float:
         backoff = FIRST_WAIT_S * 2 ** (attempt - 2)
@@ -279,6 +292,8 @@ def summary(load: Load, warm_up_s: float, seconds: float, cpu_s: float) -> dict[
         "retried": sum(answer.attempts > 1 for answer in load.answers),
         "not_told_when": sum(a.status in (429, 503) and not a.retry_after for a in load.answers),
         "late": load.late,
+        "versions": dict(Counter(answer.version for answer in load.answers if answer.version is not None)),
+        "start_unix_s": load.start_unix_s,
         "rate": len(finished) / seconds,
         "p50_ms": 1000 * statistics.median(good) if good else None,
         "p99_ms": 1000 * good[min(len(good) - 1, int(0.99 * len(good)))] if good else None,
