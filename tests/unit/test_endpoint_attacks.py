@@ -172,6 +172,7 @@ def test_a_server_without_raw_path_is_answered_too(endpoint: Endpoint):
     """ASGI says that raw_path may be missing."""
     assert ask(endpoint, "POST", PREDICT, PNG, IMAGE, raw_path=None).status == 200
     assert ask(endpoint, "GET", b"/v1/models/small/versions/1", raw_path=None).status == 200
+    assert ask(endpoint, "GET", b"/v1/models/small?a=b").status == 200  # or may hold the query
 
 
 @pytest.mark.parametrize("value", [b"a\r\nSet-Cookie: x=1", b"a\nb", b"\xff", b"a\x00", b"a" * 100_000, b" a"])
@@ -364,7 +365,7 @@ def test_odd_headers_are_answered_at_once(endpoint: Endpoint, headers: Headers, 
         start = time.perf_counter()
         answer = ask(endpoint, "POST", path, headers, b"{}")
         assert time.perf_counter() - start < 1
-        assert answer.status in (status, 400), answer.body
+        assert answer.status == status, answer.body
         assert set(json.loads(answer.body)) == {"error"}
 
 
@@ -372,18 +373,19 @@ def test_who_is_gone_takes_his_work_with_him(endpoint: Endpoint):
     """Ray cancels the request of a client that is gone; its images must leave the queue, and its place be free."""
 
     async def go() -> None:
-        tasks = [asyncio.create_task(send_to(endpoint, "POST", PREDICT, PNG, IMAGE)) for _ in range(30)]
-        await asyncio.sleep(0.005)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert endpoint.models.waiting == 0
+        for pause_s in (0, 0.002, 0.005, 0.01, 0.02):
+            tasks = [asyncio.create_task(send_to(endpoint, "POST", PREDICT, PNG, IMAGE)) for _ in range(30)]
+            await asyncio.sleep(pause_s)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert endpoint.models.waiting == 0
+            assert endpoint._working == 0
+            assert endpoint._body_bytes == 0
+            assert endpoint._answers._images == 0
+        assert (await send_to(endpoint, "POST", PREDICT, PNG, IMAGE)).status == 200
 
     asyncio.run(go())
-    assert endpoint._working == 0
-    assert endpoint._body_bytes == 0
-    assert endpoint._answers._images == 0
-    assert ask(endpoint, "POST", PREDICT, PNG, IMAGE).status == 200
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,24 @@ def test_no_log_holds_a_body_a_key_or_a_query(locked: tuple[Endpoint, str, str],
         assert mark not in said, mark
 
 
+def test_the_traceback_of_a_bug_is_logged_without_what_the_request_held(
+    locked: tuple[Endpoint, str, str], everything_logged: io.StringIO, monkeypatch: pytest.MonkeyPatch
+):
+    endpoint, key, _ = locked
+
+    def explode(*args: object) -> object:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("cnn_ray.image_bodies.image_of", explode)
+    headers = bearer(key) | {"Content-Type": "PLANTED-TYPE", "Cookie": "PLANTED-COOKIE"}
+    answer = ask(endpoint, "POST", f"{PREDICT}?q=PLANTED-QUERY", content=b"PLANTED-BODY", headers=headers)
+    assert answer.status_code == 500
+    said = everything_logged.getvalue()
+    assert "RuntimeError: a bug" in said
+    assert "PLANTED" not in said
+    assert key[7:] not in said
+
+
 def test_metrics_count_what_was_answered_and_no_client_adds_series(opened: Endpoint):
     def series() -> set[str]:
         lines = ask(opened, "GET", "/metrics").text.splitlines()
