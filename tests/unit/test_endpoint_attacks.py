@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from factories import image_bytes
+from hostile import hostile_corpus
 
 from cnn_ray import artifact, json_bodies
 from cnn_ray.config import ServeConfig
@@ -452,3 +455,52 @@ def test_websockets_end_at_the_gateway():
 
     asyncio.run(Gateway(ray)({"type": "websocket", "path": "/", "headers": []}, receive, send))  # pyright: ignore[reportArgumentType]
     assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_hostile_files_get_the_verdict_that_scoring_gives_them(endpoint: Endpoint):
+    async def go() -> dict[str, tuple[str | None, SimpleNamespace]]:
+        return {
+            name: (code, await send_to(endpoint, "POST", PREDICT, PNG, data))
+            for name, (data, code) in hostile_corpus().items()
+            if 0 < len(data) <= endpoint.config.max_body_bytes
+        }
+
+    answers = asyncio.run(go())
+    assert len(answers) > 100
+    for name, (code, answer) in answers.items():
+        said = json.loads(answer.body)
+        assert answer.status == (200 if code is None else 400), (name, said)
+        if code is not None:
+            assert f": {code}: " in said["error"], (name, said)
+            assert len(answer.body) < 500
+
+
+def test_hostile_files_are_explained_or_refused(endpoint: Endpoint):
+    names = list(hostile_corpus().items())[::12]
+
+    async def go() -> list[tuple[str, str | None, int]]:
+        found = []
+        for name, (data, code) in names:
+            answer = await send_to(endpoint, "POST", b"/v1/models/small:explain", PNG, data)
+            found.append((name, code, answer.status))
+        return found
+
+    for name, code, status in asyncio.run(go()):
+        assert status in ((200, 413) if code is None else (400, 413)), name
+
+
+def test_killed_decoders_cost_their_own_answers_only(endpoint: Endpoint):
+    async def go() -> list[int]:
+        assert (await send_to(endpoint, "POST", PREDICT, PNG, IMAGE)).status == 200
+        killed = 0
+        for listed in Path("/proc/self/task").glob("*/children"):
+            for pid in listed.read_text().split():
+                if b"decoders" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+                    killed += 1
+        assert killed
+        return [(await send_to(endpoint, "POST", PREDICT, PNG, IMAGE)).status for _ in range(6)]
+
+    statuses = asyncio.run(go())
+    assert statuses[-2:] == [200, 200]
+    assert set(statuses) <= {200, 400, 503}
