@@ -313,23 +313,19 @@ def is_loopback(host: str) -> bool:
 
 
 def is_local_request(headers: Mapping[str, str]) -> bool:
-    """Whether Host and Origin, as far as the headers (names in lower case) have them, name this machine.
+    """Whether the headers (names in lower case) ask this machine by its own name, and not for a web page of elsewhere.
 
     An endpoint without keys that listens on loopback is still within reach of every web page that somebody on this
     machine opens: the page sends requests there (cross-site), or gives its own name the address 127.0.0.1 and then
-    reads the answers too (DNS rebinding, as in CVE-2025-62593 of Ray). Browsers say in these headers who asks.
+    reads the answers too (DNS rebinding, as in CVE-2025-62593 of Ray). Browsers say in Host and Origin who asks; other
+    clients send no Origin.
     """
-    asking = [f"//{headers['host']}"] if "host" in headers else []
-    if "origin" in headers:
-        asking.append(headers["origin"])
-    return all(is_loopback(_host_of(url)) for url in asking)
-
-
-def _host_of(url: str) -> str:
+    host, origin = headers.get("host"), headers.get("origin")
     try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+        named = "localhost" if host is None else urlsplit(f"//{host}").hostname or ""
+        return is_loopback(named) and (origin is None or urlsplit(origin).netloc == host)
+    except ValueError:  # half an IPv6 address
+        return False
 
 
 def require_keys(host: str, config: ServeConfig) -> None:

@@ -13,12 +13,12 @@ import math
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from cnn_ray import open_inference, protocol
 from cnn_ray.access_log import AccessEntry, log_access, open_access_log, request_id
 from cnn_ray.answers import Answer, Answers, Call
-from cnn_ray.auth import KeyRing, is_loopback
+from cnn_ray.auth import KeyRing, is_local_request
 from cnn_ray.config import ServeConfig
 from cnn_ray.endpoint_metrics import CONTENT_TYPE as METRICS_TYPE
 from cnn_ray.endpoint_metrics import EndpointMetrics, Snapshot, render
@@ -176,16 +176,11 @@ class Endpoint:
         return min(most, 0.9 * asked) if 0 < asked < math.inf else most
 
     def _refuse_strangers(self, call: Call) -> None:
-        """Refuses web pages that a browser on this machine has open, where nothing else keeps them out.
-
-        An endpoint without keys is for this machine alone, but a page from anywhere may send requests to it, and reads
-        the answers once its name is rebound to 127.0.0.1 (CVE-2025-62593 was Ray's dashboard's hole of this kind).
-        """
+        """Refuses web pages that a browser on this machine has open, where nothing else keeps them out: an endpoint
+        without keys is for this machine alone."""
         if self._keys is not None or self.config.allow_anonymous:
             return
-        host, origin = call.headers.get("host"), call.headers.get("origin")
-        parts = urlsplit(f"//{host or 'localhost'}")
-        if not is_loopback(parts.hostname or "") or (origin is not None and urlsplit(origin).netloc != host):
+        if not is_local_request(call.headers):
             raise ForbiddenError(
                 "Expected a request of this machine: there are no API keys. Received: another host or origin. "
                 "Next: start with API keys, or with allow_anonymous."

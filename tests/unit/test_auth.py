@@ -269,7 +269,7 @@ def test_loopback(host: str):
     require_keys(host, ServeConfig(model="m@1"))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "localhost.evil.example", "::ffff:10.0.0.1", "*"])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.1", "localhost.evil.example", "::ffff:10.0.0.1", "*"])
 def test_other_hosts_need_keys_or_a_word(host: str):
     assert not is_loopback(host)
     with pytest.raises(ConfigError, match="keys add NAME"):
@@ -287,7 +287,7 @@ def test_other_hosts_need_keys_or_a_word(host: str):
         {"host": "LocalHost:8000"},
         {"host": "[::1]:8000"},
         {"host": "127.0.0.1:8000", "origin": "http://127.0.0.1:8000"},
-        {"host": "localhost:8000", "origin": "https://localhost:3000"},
+        {"host": "localhost", "origin": "http://localhost"},
     ],
 )
 def test_requests_of_this_machine(headers: dict[str, str]):
@@ -302,6 +302,9 @@ def test_requests_of_this_machine(headers: dict[str, str]):
         {"host": "rebound.example", "origin": "http://rebound.example"},
         {"host": "localhost", "origin": "https://page.example"},
         {"host": "localhost", "origin": "null"},
+        {"host": "localhost:8000", "origin": "http://localhost:3000"},
+        {"host": "localhost:8000", "origin": "http://[::1"},
+        {"origin": "http://localhost"},
         {"host": "localhost", "origin": ""},
         {"host": ""},
         {"host": "[::1"},

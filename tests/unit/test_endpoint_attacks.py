@@ -397,8 +397,10 @@ def test_who_is_gone_takes_his_work_with_him(endpoint: Endpoint):
         [(b"host", b"rebound.example:8000")],
         [(b"host", b"127.0.0.1:8000"), (b"origin", b"https://page.example")],
         [(b"host", b"127.0.0.1:8000"), (b"origin", b"null")],
+        [(b"host", b"[::1")],
+        [(b"host", b"localhost"), (b"origin", b"http://[")],
     ],
-    ids=["DNS rebinding", "another site", "a sandboxed frame"],
+    ids=["DNS rebinding", "another site", "a sandboxed frame", "half an address", "half an origin"],
 )
 def test_web_pages_elsewhere_do_not_reach_an_open_local_endpoint(endpoint: Endpoint, headers: Headers):
     for method, path in (("POST", PREDICT), ("GET", b"/v1/models/small"), ("GET", b"/"), ("GET", b"/metrics")):
