@@ -8,6 +8,7 @@ operation in each of its phases (and CNN_RAY_SEED to repeat one):
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,9 +16,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from running_endpoint import running
 
@@ -28,6 +31,8 @@ from cnn_ray.endpoint import Endpoint
 from cnn_ray.openapi import build_openapi
 
 HERE = Path(__file__).parent
+GOLDEN = sorted((HERE / "golden").glob("*.json"))
+DOCUMENT: dict[str, Any] = build_openapi(["small"], ServeConfig(model="small@1"), auth=True)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,32 @@ def test_the_document_is_openapi(auth):
     config = ServeConfig(model="a@1", page=auth, open_metrics=auth)
 
     validate(build_openapi(["a", "b"], config, auth=auth))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=[path.stem for path in GOLDEN])
+def test_the_document_states_every_golden_answer(path):
+    """Its status and content type, and a schema that its JSON keeps: also where schemathesis sends no such request."""
+    golden = json.loads(path.read_text())
+    request, response = golden["request"], golden["response"]
+    operation = operation_of(request["method"].lower(), request["path"])
+    if operation is None:  # a path or method that there is not
+        assert response["status"] in (400, 404, 405)
+        return
+    stated = operation["responses"][str(response["status"])]
+    if "$ref" in stated:
+        stated = DOCUMENT["components"]["responses"][stated["$ref"].rpartition("/")[2]]
+    schema = stated["content"][response["headers"]["Content-Type"]]["schema"]
+    if "json" in response:
+        Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(response["json"])
+
+
+def operation_of(method: str, path: str) -> dict[str, Any] | None:
+    """The operation of the document that answers the path, None where there is none."""
+    for template, item in DOCUMENT["paths"].items():
+        pattern = re.sub(r"\\{\w+\\}", r"[^/:]+", re.escape(template))
+        if re.fullmatch(pattern, path, re.I):
+            return item.get(method)
+    return None
 
 
 def test_the_endpoint_sends_the_document(locked):
