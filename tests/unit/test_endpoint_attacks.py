@@ -20,7 +20,7 @@ import pytest
 from factories import image_bytes
 from hostile import hostile_corpus
 
-from cnn_ray import artifact, json_bodies
+from cnn_ray import artifact, json_bodies, served_models
 from cnn_ray.config import ServeConfig
 from cnn_ray.endpoint import Endpoint
 from cnn_ray.gateway import Gateway
@@ -506,3 +506,82 @@ def test_killed_decoders_cost_their_own_answers_only(endpoint: Endpoint):
     statuses = asyncio.run(go())
     assert statuses[-2:] == [200, 200]
     assert set(statuses) <= {200, 400, 503}
+
+
+def test_asking_at_once_for_versions_that_are_not_there_costs_one_listing(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+):
+    """The thread that lists also follows the aliases: 50 listings of a slow store would keep it for seconds."""
+    listings = 0
+    real = served_models.list_versions
+
+    def slow(models_uri: str, name: str) -> frozenset[int]:
+        nonlocal listings
+        listings += 1
+        time.sleep(0.02)
+        return real(models_uri, name)
+
+    monkeypatch.setattr(served_models, "list_versions", slow)
+
+    async def go() -> set[int]:
+        endpoint.models._known.clear()
+        paths = (b"/v1/models/small/versions/%d" % (1000 + number) for number in range(50))
+        return {answer.status for answer in await asyncio.gather(*(send_to(endpoint, "GET", path) for path in paths))}
+
+    assert asyncio.run(go()) == {404}
+    assert listings == 1
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (b"x-request-disconnect-disabled", b"\xff"),
+        (b"x-request-disconnect-disabled", b"?1"),
+        (b"x-request-timeout-seconds", b"\xff"),
+        (b"serve_multiplexed_model_id", b"\xff"),
+        (b"serve-multiplexed-model-id", b"small"),
+        (b"Serve_Multiplexed-Model_Id", b"small"),
+        (b"x-session-id", b"\xff"),
+        (b"X_Session-Id", b"to-one-replica-please"),
+        (b"x-request-id", b"\xff"),
+    ],
+    ids=repr,
+)
+def test_headers_that_steer_ray_end_at_the_gateway(header: tuple[bytes, bytes]):
+    """Ray's proxy decodes these as UTF-8 without a net (a bare 500), no longer sees a client leave, or sends all requests
+    of a client to one replica."""
+    passed: list[list[tuple[bytes, bytes]]] = []
+
+    async def ray(scope: dict[str, list[tuple[bytes, bytes]]], receive: object, send: object) -> None:
+        passed.append(scope["headers"])
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, object]) -> None:
+        pass
+
+    good = [(b"x-request-id", b"a-1"), (b"x-request-timeout-seconds", b"2.5"), (b"authorization", b"Bearer x")]
+    scope = {"type": "http", "path": "/", "headers": [header]}
+    asyncio.run(Gateway(ray)(scope, receive, send))  # pyright: ignore[reportArgumentType]
+    asyncio.run(Gateway(ray)({**scope, "headers": good}, receive, send))  # pyright: ignore[reportArgumentType]
+    assert passed[0] == []
+    assert passed[-1] == good
+
+
+def test_what_ray_raises_is_no_bare_500():
+    sent: list[dict[str, object]] = []
+
+    async def ray(scope: object, receive: object, send: object) -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "the words of an exception")
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    asyncio.run(Gateway(ray)({"type": "http", "path": "/", "headers": []}, receive, send))  # pyright: ignore[reportArgumentType]
+    assert sent[0]["status"] in (500, 503)
+    assert set(json.loads(bytes(sent[1]["body"]))) == {"error"}  # pyright: ignore[reportArgumentType]
+    assert b"exception" not in bytes(sent[1]["body"])  # pyright: ignore[reportArgumentType]
