@@ -548,8 +548,8 @@ def test_asking_at_once_for_versions_that_are_not_there_costs_one_listing(
     ids=repr,
 )
 def test_headers_that_steer_ray_end_at_the_gateway(header: tuple[bytes, bytes]):
-    """Ray's proxy decodes these as UTF-8 without a net (a bare 500), no longer sees a client leave, or sends all requests
-    of a client to one replica."""
+    """Ray's proxy decodes these as UTF-8 without a net (a bare 500), no longer sees clients leave, or sends all that a
+    client asks to one replica."""
     passed: list[list[tuple[bytes, bytes]]] = []
 
     async def ray(scope: dict[str, list[tuple[bytes, bytes]]], receive: object, send: object) -> None:
