@@ -11,6 +11,7 @@ sets that for a local Ray.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
+
+logger = logging.getLogger(__name__)
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
@@ -36,7 +39,14 @@ MAX_REPLAYED_BYTES = 8 * 1024**2
 BODIES_IN_MEMORY = 16
 """Times the largest body that one proxy holds at the same time: Ray's proxies read bodies as fast as they come."""
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_NEVER = re.compile(rb"(?!)")
+_READ_BY_RAY = {
+    b"x-request-id": re.compile(rb"[A-Za-z0-9._:-]{1,128}"),
+    b"x-request-timeout-seconds": re.compile(rb"[0-9.]{1,16}"),
+    b"x-request-disconnect-disabled": _NEVER,
+    b"serve-multiplexed-model-id": _NEVER,
+    b"x-session-id": _NEVER,
+}
 _OWN_PATHS = ("/-/healthz", "/-/routes")
 _MESSAGES = {
     404: (404, "Nothing is served at this path."),
@@ -85,7 +95,13 @@ class Gateway:
     async def _answer(self, scope: Message, body: _Body, send: Send) -> None:
         while True:
             answer = _Answer(send)
-            await self._app(scope, body.receive, answer.send)
+            try:
+                await self._app(scope, body.receive, answer.send)
+            except Exception:
+                logger.exception("Ray's proxy failed")
+                if answer.started:
+                    raise  # the server ends the connection
+                return await _send_error(send, 500, "Internal error. Next: see the log of the proxy.")
             if answer.started or body.gone:
                 return None
             refusal = body.refusal or answer.refusal
@@ -163,8 +179,10 @@ class _Answer:
 
 
 def _is_safe(name: bytes, value: bytes) -> bool:
-    """Whether Ray may repeat the header: it echoes any X-Request-ID, and makes one where there is none."""
-    return name.lower() != b"x-request-id" or _REQUEST_ID.fullmatch(value) is not None
+    """Whether Ray may read the header: it decodes some as UTF-8 without a net, echoes any X-Request-ID and makes one
+    where there is none, and lets a client pick its replica or keep a request that nobody waits for."""
+    known = _READ_BY_RAY.get(name.lower().replace(b"_", b"-"))
+    return known is None or known.fullmatch(value) is not None
 
 
 async def _send_error(send: Send, status: int, message: str) -> None:

@@ -99,6 +99,7 @@ class ServedModels:
         self._aliases: dict[str, dict[str, int]] = {}
         self._pinned: dict[tuple[str, int], ServedModel] = {}
         self._asked: OrderedDict[tuple[str, int], ServedModel] = OrderedDict()
+        self._listing = asyncio.Lock()
         self._known: dict[str, tuple[float, frozenset[int]]] = {}
         self._described: OrderedDict[tuple[str, int], Artifact] = OrderedDict()
         self._loading: dict[tuple[str, int], asyncio.Task[ServedModel]] = {}
@@ -221,11 +222,12 @@ class ServedModels:
     async def versions(self, name: str) -> frozenset[int]:
         """All versions of a configured model, as the store said at most alias_poll_s ago: asking for what is not there
         does not cost a listing each time."""
-        until, known = self._known.get(name, (0.0, frozenset[int]()))
-        if until < time.monotonic():
-            known = await self._in_loader(list_versions, self._config.models_uri, name)
-            self._known[name] = (time.monotonic() + self._config.alias_poll_s, known)
-        return known
+        async with self._listing:
+            until, known = self._known.get(name, (0.0, frozenset[int]()))
+            if until < time.monotonic():
+                known = await self._in_loader(list_versions, self._config.models_uri, name)
+                self._known[name] = (time.monotonic() + self._config.alias_poll_s, known)
+            return known
 
     def _wanted(self) -> set[tuple[str, int]]:
         wanted: set[tuple[str, int]] = set()
