@@ -5,7 +5,8 @@
 
 BODIES is a folder of PNG and JPEG files; each is one request body, in turns. The last line of output is the summary
 as JSON. Closed loop: every connection sends its next request when it has its answer. Open loop (`--rate`): requests are
-due at fixed times, whoever is late; the latency counts from when a request was due, so a stall is not hidden.
+due at fixed times, whoever is late; the latency counts from when a request was due, so a stall is not hidden. SIGTERM
+ends it early, with its summary.
 
 The documented client retry (`--retry`), which is safe because a prediction changes nothing: on 429, 502, 503, 504 and
 on a connection that breaks, wait Retry-After seconds and 0.1 s doubled each time, half of it random, and send again.
@@ -19,6 +20,7 @@ import base64
 import itertools
 import json
 import random
+import signal
 import statistics
 import struct
 import sys
@@ -176,8 +178,13 @@ class Load:
         self._random = random.Random(1)
         self.answers: list[Answer] = []
         self.late = 0
+        self.stopped = False
         self.start = 0.0
         self.start_unix_s = 0.0
+
+    def stop(self) -> None:
+        """No request is sent from now on; those in flight are still waited for."""
+        self.stopped = True
 
     async def closed(self, connections: int, seconds: float) -> None:
         """As fast as the answers come, over so many connections."""
@@ -185,7 +192,7 @@ class Load:
         end = self.start + seconds
 
         async def one() -> None:
-            while (now := time.perf_counter()) < end:
+            while not self.stopped and (now := time.perf_counter()) < end:
                 await self._ask(next(self._turn), now)
 
         await asyncio.gather(*(one() for _ in range(connections)))
@@ -195,6 +202,8 @@ class Load:
         self._begin()
         running: set[asyncio.Task[None]] = set()
         for number in range(int(rate * seconds)):
+            if self.stopped:
+                break
             due = self.start + number / rate
             if (wait := due - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
@@ -307,6 +316,7 @@ async def drive(arguments: argparse.Namespace) -> Load:
     bodies = read_bodies(arguments.bodies, arguments.url, arguments.form, headers)
     checker = Checker(json.loads(arguments.expected.read_text()) if arguments.expected else None)
     load = Load(arguments.url, bodies, checker, retry=arguments.retry, timeout_s=arguments.timeout)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, load.stop)
     seconds = arguments.warm_up + arguments.seconds
     if arguments.rate:
         await load.open(arguments.rate, arguments.connections, seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,22 +54,26 @@ class Server:
         """Returns when the application runs with the changed settings: what `serve deploy` does from another terminal.
 
         Raises:
-            subprocess.CalledProcessError: it could not be deployed; its words are in the log.
+            RuntimeError: it could not be deployed; the text holds the end of its log.
         """
         config = json.dumps({**self.settings, **changed})
-        command = [sys.executable, "-c", REDEPLOY, self._address(), config]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        address, of_ray = self._ray()
+        command = [sys.executable, "-c", REDEPLOY, address, config]
+        environment = {**os.environ, **of_ray, "PYTHONPATH": str(ROOT)}
         with log.open("wb") as out:
-            subprocess.run(command, env=environment, stdout=out, stderr=out, timeout=120, check=True)
+            done = subprocess.run(command, env=environment, stdout=out, stderr=out, timeout=120, check=False)
+        if done.returncode:
+            raise RuntimeError(f"Expected a deployment. Received:\n{log.read_text()[-1500:]}")
 
-    def _address(self) -> str:
+    def _ray(self) -> tuple[str, dict[str, str]]:
+        """(address, variables) of the Ray that the endpoint started: with its token."""
         for pid in below(self.process.pid):
-            words = _command(pid).split("\0")
-            ports = [word.partition("=")[2] for word in words if word.startswith("--gcs_server_port=")]
-            hosts = [word.partition("=")[2] for word in words if word.startswith("--node-ip-address=")]
-            if "gcs_server" in words[0] and ports and hosts:
-                return f"{hosts[0]}:{ports[0]}"
-        raise RuntimeError("Expected a gcs_server below cnn-ray serve. Received: none.")
+            for word in _command(pid).split("\0"):
+                if word.startswith("--gcs-address="):
+                    lines = Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0")
+                    found = dict(line.split("=", 1) for line in lines if line.startswith("RAY_"))
+                    return word.partition("=")[2], found
+        raise RuntimeError("Expected a raylet below cnn-ray serve. Received: none.")
 
 
 @contextlib.contextmanager
@@ -105,6 +110,10 @@ class Load:
         command = [sys.executable, str(CLIENT), server.url, str(folder / "images"), "--log", str(self._log)]
         command += ["--expected", str(folder / "expected.json"), "--warm-up", "0", *options]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def stop(self) -> None:
+        """Nothing is sent from now on."""
+        self._process.send_signal(signal.SIGTERM)
 
     def result(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """(the summary, every request) when it has ended.
