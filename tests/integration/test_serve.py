@@ -24,14 +24,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from factories import LABELS, SIDE_PX, image_bytes, write_images
+from factories import LABELS, SIDE_PX, image_bytes
 
 from cnn_ray.artifact import Artifact, set_alias
 from cnn_ray.auth import add_key
 from cnn_ray.config import ScoreConfig, ServeConfig
+from cnn_ray.drawn_files import hostile_files, write_unlabelled
 from cnn_ray.errors import ArtifactError, ConfigError
 from cnn_ray.images import DecodedImage, ImageCaps, decode
-from cnn_ray.outputs import read
+from cnn_ray.outputs import read, read_quarantine
 from cnn_ray.predictor import load_predictor
 from cnn_ray.score import run_score
 
@@ -383,21 +384,51 @@ def test_the_example_file_is_what_serve_and_cnn_ray_accept():
     assert ServeConfig.model_validate(loaded.applications[0].args).model == "demo@champion"
 
 
-def test_the_score_job_gives_the_same_scores(server, small_models, tmp_path):
-    source = write_images(tmp_path / "in", 12)
+def test_the_score_job_gives_the_same_scores_and_refuses_the_same_files(server, small_models, tmp_path):
+    """Over a drawn corpus of every format, and files that no sender in good faith makes."""
+    source = write_unlabelled(tmp_path / "in", 60, seed=3)
+    for name, data in hostile_files().items():
+        if len(data) < MAX_BODY_BYTES:
+            (source / name).write_bytes(data)
     config = ScoreConfig(
         model="small@1",
         models_uri=small_models,
         input_uri=str(source),
         output_uri=str(tmp_path / "o"),
         precision="f32",  # as the server of these tests; `auto` would take bf16 where the CPU has it
+        max_quarantine_rate=1,
     )
-    rows = read(run_score(config).partition_uri).to_pylist()
+    partition = run_score(config).partition_uri
+    rows = [row for row in read(partition).to_pylist() if row["size_bytes"] < MAX_BODY_BYTES]
 
-    assert len(rows) == 12
+    assert len(rows) >= 60
     for row in rows:
+        _, verdict, _ = server.send("POST", "/v1/models/small:predict", Path(row["uri"]).read_bytes(), PNG)
+        same_bits([[verdict["scores"][label] for label in LABELS]], [np.float32(row["scores"])])
+        assert (verdict["label"], verdict["flagged"]) == (row["label"], row["flagged"])
+    quarantined = read_quarantine(partition).to_pylist()
+    assert len(quarantined) >= 5
+    for row in quarantined:
         _, document = server.predict({"instances": [b64(Path(row["uri"]).read_bytes())]})
-        assert np.array_equal(np.float32(document["predictions"][0]["scores"]), np.float32(row["scores"]))
+        assert document["error"] == f"Instance 0 is not a readable image: {row['code']}: {row['detail']}"
+
+
+def test_who_leaves_is_not_computed_for(server):
+    """An explanation is 170 calls of the model; the connection ends after the first."""
+    image = image_bytes(7)
+    head = f"POST /v1/models/small:explain HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+    head += f"Content-Type: image/png\r\nContent-Length: {len(image)}\r\n\r\n"
+
+    def left() -> float:
+        text = server.send("GET", "/metrics")[1].decode()
+        return sum(float(v) for v in re.findall(r'requests_total{action="explain",code="499"[^}]*} (.*)', text))
+
+    before, deadline = left(), time.monotonic() + 60
+    while left() == before:
+        assert time.monotonic() < deadline, "no request was cancelled"
+        with socket.create_connection((server.host, server.port), timeout=30) as client:
+            client.sendall(head.encode() + image)
+            time.sleep(0.03)
 
 
 def test_a_promoted_version_answers_without_a_failed_request(server):
