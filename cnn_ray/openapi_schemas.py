@@ -57,14 +57,13 @@ def _one_of(*schemas: object) -> Json:
     return {"oneOf": list(schemas)}
 
 
-def _predict(most: int) -> Json:
-    """Rows or columns, images or pixels, named or not."""
-    images, pixels = (_list(_ref(name), 1, most) for name in ("EncodedImage", "Pixels"))
-    named = [_closed(image_bytes=_ref("EncodedImage")), _closed(pixels=_ref("Pixels"))]
-    rows = _one_of(images, pixels, *(_list(kind, 1, most) for kind in named))
-    by_name = [_object(["image_bytes"], image_bytes=images), _object(["pixels"], pixels=pixels)]
-    columns: Json = {"anyOf": [images, pixels, *by_name]}
-    signature: Json = {"enum": ["", "serving_default", "serving_pixels"]}
+def _predict(most: int, *inputs: tuple[str, str]) -> Json:
+    """Rows or columns of one of the inputs (name, schema of a value), named or not."""
+    lists = [_list(_ref(schema), 1, most) for _, schema in inputs]
+    rows = _one_of(*lists, *(_list(_closed(**{name: _ref(schema)}), 1, most) for name, schema in inputs))
+    by_name = [_object([name], closed=False, **{name: values}) for (name, _), values in zip(inputs, lists, strict=True)]
+    columns: Json = {"anyOf": [*lists, *by_name]}
+    signature: Json = {"enum": ["", "serving_default", "serving_pixels"][: len(inputs) + 1]}
     return _one_of(
         {**_object(["instances"], instances=rows, signature_name=signature), "not": {"required": ["inputs"]}},
         {**_object(["inputs"], inputs=columns, signature_name=signature), "not": {"required": ["instances"]}},
@@ -73,12 +72,13 @@ def _predict(most: int) -> Json:
 
 def _rest_requests(most: int) -> Json:
     channel: Json = {"type": "integer", "minimum": 0, "maximum": 255}
+    images = ("image_bytes", "EncodedImage")
     feature = _one_of(_ref("EncodedImage"), _list(_ref("EncodedImage"), 1, 1))
     return {
         "EncodedImage": _closed(b64={**_TEXT, "format": "base64-image"}),
         "Pixels": {**_list(_list(_list(channel, 3, 3), 1), 1), "description": "Rows of RGB, of the model's size."},
-        "Predict": _predict(most),
-        "Explain": {**_predict(1), "description": "One encoded image."},
+        "Predict": _predict(most, images, ("pixels", "Pixels")),
+        "Explain": {**_predict(1, images), "description": "One encoded image."},
         "Classify": _object(
             ["examples"],
             signature_name={"enum": ["", "serving_default"]},
