@@ -1,5 +1,6 @@
 """The jobs as a cluster runs them: a head node of our own with its job server, and `ray job submit --working-dir`."""
 
+import base64
 import contextlib
 import json
 import os
@@ -13,10 +14,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import httpx
 import pytest
-from factories import write_images
+import yaml
+from factories import image_bytes, write_images
 
-from cnn_ray import outputs
+from cnn_ray import gateway, outputs
+from cnn_ray.auth import add_key
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -59,6 +63,7 @@ def head(tmp_path_factory):
     port, dashboard = free_port(), free_port()
     path = f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"  # jobs run the node's `python`: that of this environment
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment[gateway.IMPORT_PATH_VARIABLE] = gateway.IMPORT_PATH  # as in cluster.yaml
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4", f"--dashboard-port={dashboard}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
     command += [f"--dashboard-agent-listen-port={free_port()}"]  # by default one for all Rays of a machine
@@ -125,3 +130,75 @@ def test_train_job(head, working_dir, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "Model: drawn@1" in done.stdout
     assert (tmp_path / "models/drawn/1/artifact.json").exists()
+
+
+def serve_command(head, *arguments, ok: bool = True) -> str:
+    """What `serve ... --address` says."""
+    address, environment = head
+    command = [str(RAY.with_name("serve")), *(str(a) for a in arguments), "--address", address]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 or not ok, done.stdout + done.stderr
+    return done.stdout
+
+
+def serve_file(path: Path, host: str, port: int, **args) -> Path:
+    """jobs/serve.yaml with other values."""
+    document = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text())
+    document["http_options"] |= {"host": host, "port": port}
+    document["applications"][0]["args"] |= args
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def until(condition, what: str, deadline_s: float = 120):
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + deadline_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: {value}"
+        time.sleep(0.2)
+    return value
+
+
+def test_serve_deploy_follows_its_file_and_needs_keys_where_others_reach_it(head, tmp_path, small_models):
+    key = add_key(str(tmp_path / "keys.json"), "tests")
+    port = free_port()
+    settings = {"model": "small@1", "models_uri": small_models, "precision": "f32", "num_cpus": 0.5, "max_replicas": 1}
+    keys = {"api_keys_uri": str(tmp_path / "keys.json")}
+
+    def ask(status_only: bool = False):
+        try:
+            answer = httpx.post(
+                f"http://127.0.0.1:{port}/v1/models/small:predict",
+                content=image_bytes(1),
+                headers={"Content-Type": "image/png", "Authorization": f"Bearer {key}"},
+                timeout=30,
+            )
+        except httpx.TransportError:
+            return None
+        return answer.status_code if status_only else answer
+
+    path = serve_file(tmp_path / "serve.yaml", "0.0.0.0", port, **settings, **keys)
+    serve_command(head, "deploy", path)
+    answer = until(lambda: (a := ask()) is not None and a.status_code == 200 and a, "not answered")
+    assert answer.json()["model"] == "small"
+    assert httpx.post(f"http://127.0.0.1:{port}/v1/models/small:predict", content=b"{}").status_code == 401
+
+    serve_file(path, "0.0.0.0", port, **settings, **keys, max_instances=1)
+    serve_command(head, "deploy", path)
+    two = {"instances": [{"b64": base64.b64encode(image_bytes(n)).decode()} for n in (1, 2)]}
+    statuses: list[int | None] = []
+
+    def updated() -> bool:
+        statuses.append(ask(status_only=True))
+        url = f"http://127.0.0.1:{port}/v1/models/small:predict"
+        return "at most 1 instances" in httpx.post(url, json=two, headers={"Authorization": f"Bearer {key}"}).text
+
+    until(updated, "the new setting is not there")
+    assert set(statuses) == {200}, "one replica is updated without a failed request"
+
+    serve_command(head, "shutdown", "-y")
+    serve_file(path, "0.0.0.0", port, **settings)
+    serve_command(head, "deploy", path)
+    until(lambda: "Expected API keys for an endpoint that others reach" in serve_command(head, "status"), "not refused")
+    assert ask(status_only=True) != 200
+    serve_command(head, "shutdown", "-y")
