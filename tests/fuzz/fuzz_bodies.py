@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of everything that parses a request: routes, JSON, binary tensors, forms.
+"""Coverage-guided fuzzing of everything that reads a request: routes, JSON, binary tensors, forms, their images.
 
     python3 -m venv /tmp/fuzz
     /tmp/fuzz/bin/pip install atheris numpy pillow deflate simplejpeg opencv-python-headless pyarrow pydantic \
@@ -27,9 +27,11 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 with atheris.instrument_imports(include=["cnn_ray", "python_multipart", "json"]):
     from cnn_ray import image_bodies, open_inference, protocol
+    from cnn_ray.images import DecodedImage, ImageCaps, decode
     from cnn_ray.request_errors import RequestError
 
 SIZE, MOST = (2, 3), 4
+CAPS = ImageCaps(max_pixels=4_000_000, max_bytes=1_000_000)
 FORM = "multipart/form-data; boundary=xx"
 
 
@@ -40,8 +42,19 @@ def check_inputs(inputs: object) -> None:
         assert inputs.shape[1:] == (*SIZE, 3)
     else:
         assert isinstance(inputs, tuple)
-        assert all(type(image) is bytes for image in inputs)
+        for image in inputs:
+            check_image(image)
     assert 1 <= len(inputs) <= MOST
+
+
+def check_image(data: object) -> None:
+    """Raises AssertionError where an image is no bytes, or its decode is neither pixels nor a failure."""
+    assert type(data) is bytes
+    answer = decode(data, SIZE, CAPS)
+    if isinstance(answer, DecodedImage):
+        assert answer.pixels.shape == (*SIZE, 3)
+    else:
+        check_error(protocol.row_error(0, answer))
 
 
 def predict(data: bytes) -> None:
@@ -68,12 +81,14 @@ def infer(data: bytes) -> None:
 
 
 def form(data: bytes) -> None:
-    assert type(image_bodies.image_of(FORM, data)) is bytes
+    check_image(image_bodies.image_of(FORM, data))
 
 
 def any_type(data: bytes) -> None:
     kind, _, body = data.partition(b"\n")
-    assert type(image_bodies.image_of(kind.decode("latin-1"), body)) in (bytes, type(None))
+    image = image_bodies.image_of(kind.decode("latin-1"), body)
+    if image is not None:
+        check_image(image)
 
 
 def route(data: bytes) -> None:
