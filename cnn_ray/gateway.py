@@ -80,17 +80,23 @@ class Gateway:
             return await send({"type": "websocket.close", "code": 1003})
         if scope["type"] != "http" or scope["path"] in _OWN_PATHS:
             return await self._app(scope, receive, send)
+        if scope["method"] != "POST":
+            return await self._forward(scope, receive, send)
         if self._requests >= self._max_requests:
             return await _send_error(send, *_MESSAGES[429])
+        self._requests += 1
+        try:
+            return await self._forward(scope, receive, send)
+        finally:
+            self._requests -= 1
+
+    async def _forward(self, scope: Message, receive: Receive, send: Send) -> None:
         scope = {**scope, "headers": [header for header in scope["headers"] if _is_safe(*header)]}
         body = _Body(receive, self._reserve)
-        self._requests += 1
         try:
             await self._answer(scope, body, send)
         finally:
-            self._requests -= 1
             self._bytes -= body.bytes
-        return None
 
     async def _answer(self, scope: Message, body: _Body, send: Send) -> None:
         while True:

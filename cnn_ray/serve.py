@@ -212,7 +212,11 @@ def _ingress(config: ServeConfig) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="cnn_ray-serve-") as folder:
+        # What is too much anyway is refused in front, where that costs least: by the one proxy, or, behind HAProxy, by
+        # the server in each replica.
+        most = config.max_ongoing_requests * (1 if config.haproxy else config.max_replicas)
         variables = {
+            gateway.MAX_REQUESTS_VARIABLE: str(most),
             gateway.IMPORT_PATH_VARIABLE: gateway.IMPORT_PATH,
             gateway.MAX_BODY_VARIABLE: str(config.max_body_bytes),
             **RAY_VARIABLES,
