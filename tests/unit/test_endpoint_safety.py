@@ -119,7 +119,7 @@ def test_without_a_good_key_nothing_is_answered(locked: tuple[Endpoint, str, str
         bearer("cnnray_wrong"),
         bearer(key[:-1]),
         {"Authorization": f"Basic {key}"},
-        {"X-Api-Key": key},
+        {"X-Api-Key": f"Bearer {key}"},
     ):
         answer = ask(endpoint, method, path, headers=headers)
         assert answer.status_code == 401, (headers, answer.text)
@@ -308,6 +308,7 @@ def test_no_log_holds_a_body_a_key_or_a_query(locked: tuple[Endpoint, str, str],
                 )
     said = everything_logged.getvalue()
     assert said.count('"status": ') == 30
+    assert "boundary" not in said  # nor does python-multipart write a line for each damaged form
     for mark in [*marks, encoded[:16]]:
         assert mark not in said, mark
 
