@@ -24,7 +24,7 @@ from cnn_ray.config import ModelDefinition
 from cnn_ray.errors import ArtifactError, ConfigError
 from cnn_ray.export import compare_scores
 from cnn_ray.model import build_classifier
-from cnn_ray.predictor import choose_engine, load_predictor, rebuild_model
+from cnn_ray.predictor import choose_engine, compile_for_serving, compile_openvino, load_predictor, rebuild_model
 
 
 @pytest.fixture
@@ -191,17 +191,29 @@ def test_rows_do_not_depend_on_the_batch_or_on_other_callers(small_artifact):
     serving = load_predictor(small_artifact, num_threads=2, serving=True)
     assert serving.concurrency == 2
     assert np.array_equal(whole, serving.predict(batch))  # alone: the graph with all threads
-    for predictor in (loaded, serving):
+    for shared in (loaded, serving):
         results: dict[int, np.ndarray] = {}
 
-        def call(number: int, predictor=predictor, results=results) -> None:
-            results[number] = predictor.predict(batch)
+        def call(number: int, shared=shared, results=results) -> None:
+            results[number] = shared.predict(batch)
 
         threads = [threading.Thread(target=call, args=(n,)) for n in range(6)]
         [t.start() for t in threads]
         [t.join() for t in threads]
         assert len(results) == 6
         assert all(np.array_equal(whole, result) for result in results.values())
+
+
+@pytest.mark.parametrize(("architecture", "side_px"), [("lenet5", 32), ("simple_cnn", 64)])
+def test_nets_whose_sums_threads_share_answer_alone_as_they_do_in_a_crowd(tmp_path, architecture, side_px):
+    """OpenVINO splits these nets' dense layers over the threads of a stream, which changes the last bits."""
+    definition = ModelDefinition(architecture=architecture, input_size_px=side_px)
+    export._write_openvino(build_classifier(definition, len(LABELS)), tmp_path)
+    path = str(tmp_path / export.OPENVINO_FILES[0])
+    images = np.random.default_rng(1).integers(0, 256, (60, 1, side_px, side_px, 3), dtype=np.uint8)
+    scoring, serving = compile_openvino(path, "f32", 2), compile_for_serving(path, "f32", 2)
+
+    assert all(np.array_equal(scoring(image), serving(image)) for image in images)
 
 
 def test_wrong_pixels_are_refused(small_artifact):
