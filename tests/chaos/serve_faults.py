@@ -34,7 +34,7 @@ RETRYABLE = {"429", "502", "503", "504"}
 TAIL = 3.0
 """p99 of accepted requests under overload over the unloaded p99, at most."""
 OVERLOAD = 5
-ONGOING = 8
+ONGOING = 4
 """max_ongoing_requests of the overload: what is accepted waits for at most so many before it."""
 UPDATE_S = 120.0
 """The load of a rolling update lasts until the old replicas are gone, at most so long."""
@@ -257,9 +257,9 @@ def publish_versions(material: Material) -> None:
 def main() -> int:
     """0 if every promise was kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=("default", "haproxy", "both"), default="both")
+    parser.add_argument("--mode", choices=("default", "haproxy", "both"), help="default: both")
     parser.add_argument("--only", default=",".join(FAULTS), help=f"of {','.join(FAULTS)}")
-    parser.add_argument("--seconds", type=float, default=30, help="how long the load of one fault lasts")
+    parser.add_argument("--seconds", type=float, help="how long the load of one fault lasts (default 30)")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--work", help="folder for the temporary files")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -268,14 +268,14 @@ def main() -> int:
     model: dict[str, Any] = {"architecture": "EfficientNetB0", "size_px": 224, "count": 32}
     if options.short:
         model = {"architecture": "simple_cnn", "size_px": 64, "count": 16}
-        options.mode, options.seconds = "default", 15
-    modes = ("default", "haproxy") if options.mode == "both" else (options.mode,)
+        options.mode, options.seconds = options.mode or "default", options.seconds or 10
+    modes = ("default", "haproxy") if options.mode in (None, "both") else (options.mode,)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="cnn_ray-faults-", dir=options.work) as folder:
         prepare(Path(folder), **model)
         for mode in modes:
             for name in options.only.split(","):
-                ground = Ground(Path(folder), mode, options.seconds)
+                ground = Ground(Path(folder), mode, options.seconds or 30)
                 FAULTS[name](ground)
                 found[f"{mode}/{name}"] = {**ground.figures, "broken": ground.broken}
                 print(f"{mode:8} {name:12} {'BROKEN' if ground.broken else 'kept'} {ground.figures}", flush=True)
