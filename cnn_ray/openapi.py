@@ -16,6 +16,7 @@ from cnn_ray.openapi_schemas import Json, build_schemas
 STATUSES = {
     "400": "The request is malformed, or an image cannot be read.",
     "401": "No API key, or an unknown one.",
+    "403": "There are no API keys, and the request comes from a web page elsewhere or names another host.",
     "404": "No such model, version or path.",
     "405": "The path exists but not with this method.",
     "408": "The body did not arrive in time.",
@@ -38,10 +39,11 @@ _OF_POST = ("400", "404", "405", "408", "413", "415", "429", "500", "503", "504"
 def build_openapi(names: Sequence[str], config: ServeConfig, *, auth: bool) -> Json:
     """The document of an endpoint that answers for the named models; `auth` says whether it wants API keys."""
     paths = {**_rest_paths(), **_infer_paths(config), **_other_paths(config)}
+    guarded = not auth and not config.allow_anonymous  # then only requests of this machine are answered
     for item in paths.values():
         for method in ("get", "post"):
             if method in item:
-                item[method] = _finished(dict(_mapping(item[method])), auth)
+                item[method] = _finished(dict(_mapping(item[method])), auth, guarded)
     version: Json = {"type": "integer", "minimum": 1, "maximum": 2**63 - 1}
     components: Json = {
         "schemas": build_schemas(config.max_instances),
@@ -95,13 +97,15 @@ def _error_response(status: str) -> Json:
     return {"description": STATUSES[status], "headers": headers, "content": content}
 
 
-def _finished(operation: Json, auth: bool) -> Json:
+def _finished(operation: Json, auth: bool, guarded: bool) -> Json:
     """The operation with its error answers, and its key where it wants one."""
     is_open = bool(operation.pop("is_open", False))
     statuses = _OF_POST if "requestBody" in operation else _OF_GET
     if auth and not is_open:
         operation["security"] = [{"key": []}]
         statuses = ("401", *statuses)
+    if guarded:
+        statuses = ("403", *statuses)
     responses = dict(_mapping(operation["responses"]))
     responses.update({status: {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)})
     return {**operation, "responses": responses}

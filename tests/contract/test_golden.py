@@ -106,4 +106,4 @@ def test_replay(path: Path, endpoints: dict[str, Endpoint]) -> None:
 def test_every_status_of_the_contract_has_a_golden_answer():
     """408, 429, 500, 503 and 504 come from load, time or failure: the endpoint's own tests have them."""
     statuses = {json.loads(path.read_text())["response"]["status"] for path in GOLDEN}
-    assert statuses == {200, 400, 401, 404, 405, 413, 415}
+    assert statuses == {200, 400, 401, 403, 404, 405, 413, 415}
