@@ -51,7 +51,9 @@ class Contestant:
 CONTESTANTS = {
     contestant.name: contestant
     for contestant in (
-        Contestant("uvicorn", "uvicorn + Starlette, decode and predict in two threads", "serve_uvicorn", "threads"),
+        Contestant(
+            "uvicorn_threads", "uvicorn + Starlette, decode and predict in two threads", "serve_uvicorn", "threads"
+        ),
         Contestant(
             "uvicorn_inline", "the same in the event loop, both cores for the one image", "serve_uvicorn", "inline"
         ),
