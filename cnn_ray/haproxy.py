@@ -26,7 +26,7 @@ _LOST = b'{"error": "No replica can answer now. Next: try again."}'
 _MENDED = "# mended by cnn_ray\n"
 _RULES = (
     (r"(stats socket \S+) mode 666", r"\1 mode 600"),
-    (r"(frontend prometheus\n\s*bind) :", r"\1 127.0.0.1:"),
+    (r"\nfrontend prometheus\n(?:[ \t]+.*\n?)*", "\n"),
     (r"(\ndefaults\n)", rf"\1    timeout http-request {HEADERS_TIMEOUT_S}s\n"),
     (r"\nlisten stats\n(?:[ \t]+.*\n?)*", "\n"),
 )
