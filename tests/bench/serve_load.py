@@ -32,7 +32,7 @@ RATE_BARS = (
     ("ours", UVICORN, 0.75),
     ("ours_haproxy", UVICORN, 1.2),
     ("ours", ("ray_serve",), 1.0),
-    ("ours", ("litserve", "litserve_tuned"), 1.0),
+    ("ours", ("litserve", "litserve_tuned", "litserve_batched"), 1.0),
     ("ours", ("bentoml", "bentoml_tuned"), 1.0),
     ("ours_haproxy", ("ray_serve_haproxy",), 1.0),
 )

@@ -28,16 +28,16 @@ def given() -> dict[str, Any]:
 class Engine:
     """The published IR, computed image by image; safe to call from several threads at once.
 
-    `streams` images are computed at a time, all cores divided among them.
+    `streams` images are computed at a time, the threads divided among them.
     """
 
-    def __init__(self, ir: str, size_px: int, labels: list[str], streams: int) -> None:
+    def __init__(self, ir: str, size_px: int, labels: list[str], streams: int, threads: int = CORES) -> None:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # nobody is called at home
         import openvino
 
         options = {
             "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": CORES,
+            "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,
         }
@@ -78,7 +78,7 @@ class Engine:
         return {"label": self._labels[best], "score": float(scores[best]), "scores": named}
 
 
-def load(streams: int = CORES) -> Engine:
+def load(streams: int = CORES, threads: int = CORES) -> Engine:
     """The engine of the model that was given."""
     model = given()
-    return Engine(model["ir"], model["size_px"], model["labels"], streams)
+    return Engine(model["ir"], model["size_px"], model["labels"], streams, threads)

@@ -1,4 +1,4 @@
-"""LitServe: `defaults`, or `tuned` with batching, decode in threads of the worker and the fast queue."""
+"""LitServe: `defaults`, `tuned` with one worker of one thread per core, or `batched` with decode by threads."""
 
 import sys
 from typing import Annotated, Any
@@ -8,12 +8,16 @@ import numpy as np
 import serve_engine
 from fastapi import Body
 
+WORKERS = {"defaults": 1, "tuned": serve_engine.CORES, "batched": 1}
+
 
 class Api(litserve.LitAPI):
     """One image a call."""
 
+    threads = serve_engine.CORES
+
     def setup(self, device: str) -> None:
-        self.engine = serve_engine.load(streams=1)
+        self.engine = serve_engine.load(streams=1, threads=self.threads)
 
     def decode_request(self, request: Annotated[bytes, Body(media_type="image/png")]) -> np.ndarray:
         return self.engine.decode(request)
@@ -23,6 +27,12 @@ class Api(litserve.LitAPI):
 
     def encode_response(self, output: np.ndarray) -> dict[str, Any]:
         return self.engine.answer(output)
+
+
+class OneThread(Api):
+    """The same for one of several workers."""
+
+    threads = 1
 
 
 class BatchApi(Api):
@@ -45,9 +55,10 @@ class BatchApi(Api):
 
 
 def main() -> None:
-    tuned = sys.argv[2] == "tuned"
-    api = BatchApi(max_batch_size=16, batch_timeout=0.0) if tuned else Api()
-    server = litserve.LitServer(api, accelerator="cpu", fast_queue=tuned)
+    mode = sys.argv[2]
+    apis = {"defaults": Api, "tuned": OneThread, "batched": BatchApi}
+    api = apis[mode](max_batch_size=16) if mode == "batched" else apis[mode]()
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=WORKERS[mode], fast_queue=mode != "defaults")
     port = serve_engine.given()["port"]
     server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False, access_log=False)
 
