@@ -97,6 +97,7 @@ def _command(contestant: Contestant, material: Material, text: str, port: int) -
         return serve_command(material, port, haproxy=contestant.mode == "haproxy"), {"PYTHONPATH": str(ROOT)}
     python = environment.interpreter(environment.SERVE_FOLDER, environment.SERVE_REQUIREMENTS)
     extra = {"BENCH_GIVEN": text, "BENCH_MODE": contestant.mode, "BENTOML_DO_NOT_TRACK": "True"}
+    extra |= {"RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()), "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port())}
     folder = environment.HERE
     if contestant.script == "serve_bentoml":
         command = [str(Path(python).with_name("bentoml")), "serve", "serve_bentoml:Service", "--host", "127.0.0.1"]
