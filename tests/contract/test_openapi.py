@@ -126,7 +126,7 @@ def test_schemathesis_finds_no_violation(locked, tmp_path):
 
 @pytest.mark.slow
 def test_schemathesis_finds_no_violation_for_long(locked, tmp_path):
-    examples = int(os.environ.get("CNN_RAY_EXAMPLES", "200"))
+    examples = int(os.environ.get("CNN_RAY_EXAMPLES", "50"))
     seed = ["--seed", os.environ["CNN_RAY_SEED"]] if "CNN_RAY_SEED" in os.environ else []
 
     said = run_schemathesis(locked, tmp_path, "--max-examples", str(examples), *seed)
