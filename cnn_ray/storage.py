@@ -228,6 +228,12 @@ class LocalStore(Store):
         with _explained(str(path)), path.open("rb") as source, _explained(self.uri_of(key)):
             write_whole(target_path, lambda target: shutil.copyfileobj(source, target, COPY_BYTES))
 
+    def delete(self, key: str) -> None:
+        """See `Store.delete`. Folders stay, also empty ones."""
+        path = self._path(key)
+        with _explained(self.uri_of(key)):
+            path.unlink(missing_ok=True)
+
     def check_writable(self) -> None:
         """See `Store.check_writable`. Creates the folder; the probe file never has a name where Linux allows that."""
         with _explained(self.uri):

@@ -125,6 +125,10 @@ class Store(ABC):
         """The object holds the bytes of the file at `path`."""
 
     @abstractmethod
+    def delete(self, key: str) -> None:
+        """The object is gone; one that was not there is no error. Only probes and the retention ask for this."""
+
+    @abstractmethod
     def check_writable(self) -> None:
         """Nothing: the output can be written. Checked before hours of work, and leaves nothing behind.
 

@@ -241,6 +241,27 @@ class S3Store(Store):
 
         attempts(send, self.uri_of(key))
 
+    def delete(self, key: str) -> None:
+        """See `Store.delete`. In a bucket with versions the object gets a delete marker."""
+        self._ask("delete_object", self.uri_of(key), Key=self._name(key))
+
+    def server_date(self) -> str | None:
+        """The server's clock as its answer's Date header says it, also where it refuses ours; None if it says none.
+
+        Raises:
+            StorageError: there is no answer.
+        """
+        from botocore.exceptions import ClientError
+
+        def ask(_: int) -> dict[str, Any]:
+            try:
+                return self._once("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+            except ClientError as error:
+                said: Any = error
+                return said.response
+
+        return attempts(ask, self.uri)["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+
     def check_writable(self) -> None:
         """See `Store.check_writable`. Lists one key: the permission of HeadBucket, but refusals come with a reason."""
         self._ask("list_objects_v2", self.uri, Prefix=self._prefix, MaxKeys=1)

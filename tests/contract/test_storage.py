@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,21 @@ def test_pickle_after_use(store: Store) -> None:
 def test_check_writable_leaves_nothing(store: Store) -> None:
     store.check_writable()
     assert store.keys() == []
+
+
+def test_delete_is_done_once_and_stays_below_the_root(store: Store) -> None:
+    store.put("a/b", b"x")
+    store.delete("a/b")
+    assert not store.exists("a/b")
+    store.delete("a/b")
+    with pytest.raises(errors.ConfigError):
+        store.delete("../b")
+
+
+def test_s3_server_date_is_that_of_the_answer(s3_uri: str) -> None:
+    said = S3Store(s3_uri).server_date()
+    assert said is not None
+    assert abs((parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()) < 60
 
 
 def test_locations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
