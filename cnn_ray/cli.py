@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 import click
 
 import cnn_ray
+from cnn_ray.cli_doctor import doctor
 from cnn_ray.cli_models import compare, evaluate, model
+from cnn_ray.cli_operate import nightly
 from cnn_ray.cli_serve import keys, serve
 from cnn_ray.config import ScoreConfig, TrainConfig
 from cnn_ray.errors import CnnRayError
@@ -158,6 +160,8 @@ commands.add_command(evaluate)
 commands.add_command(compare)
 commands.add_command(keys)
 commands.add_command(serve)
+commands.add_command(nightly)
+commands.add_command(doctor)
 
 
 @commands.group()
