@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from datetime import date as Date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from cnn_ray.errors import ConfigError
 
@@ -108,6 +109,69 @@ class ScoreConfig(ModelConfig):
         if "{date}" in self.input_uri and self.date is None:
             raise ValueError("Expected --date, because the input holds {date}. Received: no date.")
         return self
+
+
+class NightScoreConfig(ScoreConfig):
+    """What `nightly` scores: the settings of `score` for every date. The dates are its own affair."""
+
+    @model_validator(mode="after")
+    def _date_for_placeholder(self) -> NightScoreConfig:
+        if "{date}" not in self.input_uri:
+            raise ValueError(f"Expected {{date}} in input_uri of a nightly run. Received: {self.input_uri}.")
+        given = [name for name in ("date", "limit", "accept", "retry_quarantined") if getattr(self, name)]
+        if given:
+            raise ValueError(f"Expected settings that hold for every date. Received: {given[0]}, which is for one run.")
+        return self
+
+
+class NightlyConfig(Config):
+    """Every night by itself: each date of the look-back window that owes a manifest is scored. Dates are UTC dates."""
+
+    score: NightScoreConfig
+    """How each date is scored; input_uri holds {date}, an alias is resolved once for the whole call."""
+    look_back_days: Annotated[int, Field(ge=1, le=366)] = 7
+    """How many dates are looked at: a missed night heals as long as its date is one of them."""
+    lag_days: Annotated[int, Field(ge=0, le=366)] = 1
+    """The newest date looked at is this many days before today (UTC): 1 is yesterday, whose last hour is over."""
+    first_date: Date | None = None
+    """Dates before this one owe nothing: screenshots are collected since then."""
+    order: Literal["oldest", "newest"] = "oldest"
+    """Which owed date comes first."""
+    max_dates: PositiveInt = 7
+    """Most dates that one call scores; the others stay owed (exit code 75) for the next one."""
+    rescore_new_version: bool = False
+    """Dates that an earlier version of the model has finished are owed again after the alias moved."""
+    wait_for_marker: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """A date is ready when an object of this name (such as _SUCCESS) lies in its input. Name it _SUCCESS, or leave it
+    empty with _ in front: other names are taken for images."""
+    min_age_s: Annotated[float, Field(ge=0)] = 0
+    """A date is ready when the newest object of its input is at least this old."""
+    wait_timeout_s: Annotated[float, Field(ge=0)] = 0
+    """How long one call waits for dates that are not ready; what still is not stays owed (exit code 75)."""
+    date_budget_s: Annotated[float, Field(gt=0)] | None = None
+    """A date that takes longer is stopped as by SIGTERM: what is committed is kept, the rest stays owed."""
+    webhook_url: str | None = None
+    """https address that is told of failures and drift (JSON, POST). Only its host is ever shown."""
+    webhook_hosts: tuple[str, ...] = ()
+    """Hosts (HOST or HOST:PORT) that webhook_url may name."""
+
+    @model_validator(mode="after")
+    def _webhook_is_allowed(self) -> NightlyConfig:
+        if self.webhook_url is None:
+            return self
+        address = urlsplit(self.webhook_url)
+        shown = f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
+        if address.scheme != "https" or not address.hostname or "@" in address.netloc:
+            raise ValueError(f"Expected https://HOST/... without a user for webhook_url. Received: {shown}.")
+        if address.netloc.lower() not in {host.lower() for host in self.webhook_hosts}:
+            allowed = ", ".join(self.webhook_hosts) or "none"
+            raise ValueError(f"Expected a webhook_url on one of webhook_hosts ({allowed}). Received: {shown}.")
+        return self
+
+    @field_serializer("webhook_url")
+    def _webhook_without_its_secret(self, value: str | None) -> str | None:
+        """Path and query are what lets anybody write there."""
+        return None if value is None else f"https://{urlsplit(value).netloc}/..."
 
 
 class DataConfig(Config):

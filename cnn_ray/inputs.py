@@ -24,6 +24,7 @@ from cnn_ray.errors import AccessDeniedError, DataError, NotFoundError
 from cnn_ray.records import INPUT_PREFIX, LISTING_SCHEMA
 from cnn_ray.storage import Store, open_store, split_uri
 
+SUCCESS = "_SUCCESS"
 MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl")
 HEAD_THREADS = 32
 HEADS_AHEAD = 4096
@@ -50,7 +51,21 @@ def list_inputs(uri: str, uri_column: str) -> Iterator[pa.Table]:
     if is_manifest(uri):
         yield _manifest_listing(uri, uri_column)
     else:
-        yield from open_store(uri).list()
+        yield from map(_without_markers, open_store(uri).list())
+
+
+def _without_markers(table: pa.Table) -> pa.Table:
+    """The rows that can be images: not those that say that a folder is complete.
+
+    Hadoop and Spark write `_SUCCESS` for that; any other name counts where it begins with `_` and the object is empty,
+    because a hash that names an image may begin with `_` too.
+    """
+    success = pc.ends_with(table["uri"], f"/{SUCCESS}")
+    empty = pc.equal(table["size_bytes"], 0)
+    if not pc.any(pc.or_(success, empty)).as_py():
+        return table
+    marker = pc.or_(success, pc.and_(empty, pc.match_substring_regex(table["uri"], "/_[^/]*$")))
+    return table.filter(pc.invert(marker))
 
 
 def read_manifest_table(uri: str) -> pa.Table:

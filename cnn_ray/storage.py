@@ -133,6 +133,13 @@ class LocalStore(Store):
         except NotFoundError:
             return []
 
+    def newest_s(self, prefix: str = "") -> float | None:
+        """See `Store.newest_s`."""
+        try:
+            return max((int(etag.partition("-")[0]) for _, etag, _ in self._rows(prefix)), default=0) / 1e9 or None
+        except NotFoundError:
+            return None
+
     def _path(self, key: str) -> Path:
         parts = check_key(key).split("/")
         if any(part in ("", ".") for part in parts):  # Path would drop these: two keys for one file

@@ -76,6 +76,13 @@ class Store(ABC):
         """Sorted keys that begin with `prefix`, relative to the root; [] where the local folder is missing."""
 
     @abstractmethod
+    def newest_s(self, prefix: str = "") -> float | None:
+        """When the newest object whose key begins with `prefix` was written, in seconds since 1970; None without any.
+
+        Lists everything, page after page: for a million objects on S3 that is a thousand requests.
+        """
+
+    @abstractmethod
     def get(self, key: str, *, if_match: str | None = None, max_bytes: int | None = None) -> bytes:
         """The object's bytes, of exactly the version that `if_match` names.
 
