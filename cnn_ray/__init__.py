@@ -93,7 +93,8 @@ Jobs.
     nightly_calendar.py the dates of the look-back window as they stand, for people
     nightly.py        every date that owes a run is scored, oldest or newest first
     retention.py      old partitions removed, manifest first
-    schedule.py       timer, cron line and Kubernetes manifests that start nightly
+    schedule_files.py timer, cron line and Kubernetes manifests that start nightly, as text
+    schedule.py       the same installed, shown, removed
     explain.py        occlusion heat map of one image
     page_files.py     the page at / as it is sent
     auth.py           API keys: a file of hashes, and whose key a request brought
@@ -113,6 +114,8 @@ Jobs.
     doctor_serve_yaml.py what Ray Serve accepts in silence in its YAML
     doctor_cluster_yaml.py what `ray up` would only say on AWS, or never
     doctor.py         all of it in a few seconds, each finding with its mend
+    submit.py         a job as it is handed to a cluster, at most once
+    submit_client.py  Ray's job server: submit, watch, stop
     drawing.py        labelled synthetic screenshots
     drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
@@ -123,6 +126,7 @@ Jobs.
     cli_operate.py    the verbs that run every night: nightly, schedule, runs prune
     cli_serve.py      the verbs about the endpoint
     cli_doctor.py     the verb doctor
+    cli_submit.py     the verbs that hand jobs to a cluster
     demo.py           the whole line on drawn screenshots
     cli.py            verbs and exit codes only
 """

@@ -14,8 +14,9 @@ import click
 import cnn_ray
 from cnn_ray.cli_doctor import doctor
 from cnn_ray.cli_models import compare, evaluate, model
-from cnn_ray.cli_operate import nightly
+from cnn_ray.cli_operate import nightly, runs_prune, schedule
 from cnn_ray.cli_serve import keys, serve
+from cnn_ray.cli_submit import submit
 from cnn_ray.config import ScoreConfig, TrainConfig
 from cnn_ray.errors import CnnRayError
 from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
@@ -161,7 +162,9 @@ commands.add_command(compare)
 commands.add_command(keys)
 commands.add_command(serve)
 commands.add_command(nightly)
+commands.add_command(schedule)
 commands.add_command(doctor)
+commands.add_command(submit)
 
 
 @commands.group()
@@ -220,6 +223,9 @@ def runs_compact(partition_uri: str, folder: str) -> None:
     from cnn_ray.runs import compact_run
 
     click.echo(f"Parquet: {compact_run(partition_uri, folder)}")
+
+
+runs.add_command(runs_prune)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from datetime import date as Date
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,7 +19,12 @@ from cnn_ray.flags import print_config as show_config
 if TYPE_CHECKING:
     from cnn_ray.console import RowProgress
     from cnn_ray.nightly_status import DateState
+    from cnn_ray.schedule import Kind
     from cnn_ray.score import Progress
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+_HEADER = ("date", "state", "version", "what")
 
 _today = click.option("--today", metavar="YYYY-MM-DD", help="Take this for today's UTC date.")
 
@@ -50,13 +57,12 @@ def nightly(
 
         now = datetime.now(UTC)
         return _print_calendar(foresee(config, day or now.date(), now))
-    from cnn_ray import console as ui
     from cnn_ray import nightly as job
 
     with _Progress() as progress:
         result = job.run_nightly(config, day, on_progress=progress.update)
     rows = [(r.date.isoformat(), r.state, _reference(r.version), " ".join((r.detail, *r.drift))) for r in result.dates]
-    ui.print_table(stdout_console(), result.reference, rows, ("date", "state", "version", "what"))
+    _print_wide(result.reference, rows, _HEADER)
     return result.exit_code
 
 
@@ -92,10 +98,17 @@ def nightly_status(
 
 
 def _print_calendar(states: list[DateState]) -> None:
+    _print_wide("", [(s.date.isoformat(), s.state, _reference(s.version), s.detail) for s in states], _HEADER)
+
+
+def _print_wide(title: str, rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
+    """Afterwards the table is printed; where there is no terminal, in lines that grep can use."""
     from cnn_ray import console as ui
 
-    rows: list[tuple[str, ...]] = [(s.date.isoformat(), s.state, _reference(s.version), s.detail) for s in states]
-    ui.print_table(stdout_console(), "", rows, ("date", "state", "version", "what"))
+    console = stdout_console()
+    if not console.is_terminal:
+        console.width = ui.LIST_WIDTH
+    ui.print_table(console, title, list(rows), header)
 
 
 def _reference(version: int | None) -> str:
@@ -136,3 +149,114 @@ class _Progress:
             self.__exit__()
             self._date, self._bar = date, RowProgress(f"{date} scored", stderr_console()).__enter__()
         self._bar.update(progress.rows, progress.planned, progress.quarantined)
+
+
+@click.group()
+def schedule() -> None:
+    """Install, show and remove what starts `nightly`: a systemd timer, a cron line, or a Kubernetes cron job."""
+
+
+def _kinds(command: CommandT) -> CommandT:
+    for kind, text in (
+        ("kuberay", "KubeRay's RayCronJob (alpha)."),
+        ("kubernetes", "A plain Kubernetes CronJob."),
+        ("cron", "Lines of the user's crontab."),
+        ("systemd", "A systemd timer and service."),
+    ):
+        command = click.option(f"--{kind}", "kind", flag_value=kind, help=text)(command)
+    return command
+
+
+_name = click.option("--name", default="cnn-ray-nightly", show_default=True, help="What the schedule is called.")
+_system = click.option("--system", "is_system", is_flag=True, help="A unit of the machine, not of this user.")
+
+
+@schedule.command("install")
+@_kinds
+@click.option("--config", "config_file", metavar="FILE.yaml", required=True, help="The nightly configuration.")
+@click.option("--at", default="02:00", show_default=True, metavar="HH:MM", help="When it starts, UTC.")
+@_name
+@_system
+@click.option("--user", default="", help="--system: who runs it. [default: this user]")
+@click.option("--image", metavar="IMAGE", help="Kubernetes: the image with this package.")
+@click.option("--print/--yes", "print_only", default=True, help="Print it, or really install it. [default: print]")
+def schedule_install(kind: Kind | None, config_file: str, name: str, print_only: bool, **settings: Any) -> None:
+    """Print what would start nightly every night; with --yes, install it."""
+    from cnn_ray import schedule as job
+
+    chosen = _chosen(kind)
+    made = job.schedule_of(config_file, name=_checked(name), **settings)
+    if print_only:
+        return click.echo(job.text_of(chosen, made).rstrip())
+    return click.echo("\n".join(job.install(chosen, made)))
+
+
+@schedule.command("show")
+@_kinds
+@_name
+@_system
+def schedule_show(kind: Kind | None, name: str, is_system: bool) -> None:
+    """Show what is installed: of one kind, or of systemd and cron."""
+    from cnn_ray import schedule as job
+
+    kinds: tuple[Kind, ...] = ("systemd", "cron") if kind is None else (kind,)
+    for one in kinds:
+        try:
+            found = job.installed(one, _checked(name), is_system=is_system)
+        except ConfigError:
+            if kind is not None:
+                raise
+            found = ""  # this machine has no such scheduler
+        click.echo(found.rstrip() if found else f"{one}: nothing is installed as {name}.")
+
+
+@schedule.command("remove")
+@_kinds
+@_name
+@_system
+@click.option("--yes", is_flag=True, help="Really remove it.")
+def schedule_remove(kind: Kind | None, name: str, is_system: bool, yes: bool) -> None:
+    """Remove what is installed; without --yes, say what that is."""
+    from cnn_ray import schedule as job
+
+    chosen = _chosen(kind)
+    if yes:
+        return click.echo("\n".join(job.remove(chosen, _checked(name), is_system=is_system)))
+    found = job.installed(chosen, _checked(name), is_system=is_system)
+    return click.echo(f"{found.rstrip()}\nWould be removed; --yes does it." if found else "Nothing is installed.")
+
+
+def _chosen(kind: Kind | None) -> Kind:
+    if kind is None:
+        raise ConfigError(
+            "Expected one of --systemd, --cron, --kubernetes, --kuberay. Received: none. Next: choose where it runs."
+        )
+    return kind
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?", name):
+        raise ConfigError(
+            f"Expected lower-case letters, digits and - for --name. Received: {name!r}. Next: choose such a name."
+        )
+    return name
+
+
+@click.command("prune")
+@click.argument("output_uri", metavar="OUTPUT")
+@click.option("--keep-days", type=click.IntRange(min=1), required=True, metavar="N", help="Younger ones are kept.")
+@click.option("--yes", is_flag=True, help="Really remove them; without it they are only listed.")
+@_today
+def runs_prune(output_uri: str, keep_days: int, yes: bool, today: str | None) -> int | None:
+    """Remove partitions below OUTPUT whose date and end are more than N days ago; by default only list them."""
+    from cnn_ray import retention as job
+
+    found = job.removable(output_uri, keep_days, _date(today) or datetime.now(UTC).date())
+    if not found:
+        return click.echo(f"No partition in {output_uri} is older than {keep_days} days.")
+    rows: list[tuple[str, ...]] = []
+    for one in found:
+        done = ("removed" if job.remove(one) else "in use, kept") if yes else "would be removed"
+        rows.append((done, one.date, one.finished_at, f"{one.rows:,}", f"{one.size_bytes / 1e6:,.1f}", one.uri))
+    _print_wide("", rows, ("what", "date", "finished", "rows", "MB", "partition"))
+    return None if yes else click.echo("Nothing was changed. Next: the same command with --yes.")

@@ -117,7 +117,7 @@ def state_of(output_uri: str, date: Date, model: str, version: int, *, any_versi
     failed: DateState | None = None
     for number in considered:
         known = versions.get(number, _Version())
-        if known.is_pruned and not known.plan and not known.manifest:
+        if known.is_pruned and not known.manifest:
             return DateState(date, "done", "removed for its age", number)
         if known.is_finished:
             manifest = Partition(folder.uri_of(f"version={number}")).read_manifest(known.manifest)
