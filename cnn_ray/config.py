@@ -575,7 +575,7 @@ def build_config(kind: type[ConfigT], *layers: Mapping[str, Any], source: str = 
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = _merge(merged, layer)
+        merged = merge_layers(merged, layer)
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
@@ -608,11 +608,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The upper mapping over the lower one, key by key; nested mappings are merged likewise."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownArgumentType]
+        merged[key] = merge_layers(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownArgumentType]
     return merged
 
 

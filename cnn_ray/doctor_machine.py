@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from cnn_ray.doctor_finding import Finding, error, ok, warning
@@ -71,10 +71,10 @@ def version_findings(installed: Mapping[str, str | None], pins: Mapping[str, tup
     return found or [ok("packages", f"{len(pins)} main packages as pinned, ray {installed['ray']}")]
 
 
-def python_finding(version: Sequence[int] = sys.version_info) -> Finding:
+def python_finding(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
     """Whether this Python is one of those that the dependencies are built for."""
-    said = ".".join(str(part) for part in version[:3])
-    if tuple(version[:2]) in PYTHONS:
+    said = ".".join(str(part) for part in version)
+    if version[:2] in PYTHONS:
         return ok("python", said)
     return error("python", said, "make the environment with Python 3.11, 3.12 or 3.13, the same on all nodes")
 
