@@ -208,7 +208,11 @@ def kuberay_manifests(schedule: Schedule, settings: str) -> list[dict[str, Any]]
         "authOptions": {"mode": "token"},
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},  # noqa: S104 - the operator's submitter
-            "template": {"metadata": {"labels": _labels(schedule)}, "spec": _pod(schedule, head)},
+            # The autoscaler beside the head asks Kubernetes for pods: the one that has a token.
+            "template": {
+                "metadata": {"labels": _labels(schedule)},
+                "spec": _pod(schedule, head) | {"automountServiceAccountToken": True},
+            },
         },
         "workerGroupSpecs": [group],
     }
