@@ -6,6 +6,7 @@ keys, bearer tokens. A value that only looks like a secret loses its text, never
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +15,8 @@ HIDDEN = "***"
 
 _NAME = r"(?:secret|token|passwo?r?d|passwd|api_?keys?|access_?keys?|secret_?access_?key)"
 _RULES = (
-    # scheme://user:password@host
-    (re.compile(r"(?<=://)[^/\s:@?#]*:[^/\s@?#]*@"), f"{HIDDEN}@"),
+    # scheme://user:password@host, scheme://token@host
+    (re.compile(r"(?<=://)[^/\s@?#'\"]+@"), f"{HIDDEN}@"),
     # https://host/path?query: a webhook's query is its password, and so is a signed URL's
     (re.compile(r"(\bhttps?://[^\s?#'\"<>]+)\?[^\s'\"<>]+", re.IGNORECASE), rf"\1?{HIDDEN}"),
     # the same parameters without their URL
@@ -54,3 +55,11 @@ def redacted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(inner) for inner in value]
     return value
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines, and the tracebacks below them, without the secrets in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter.format`."""
+        return redact(super().format(record))
