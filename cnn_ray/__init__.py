@@ -119,6 +119,7 @@ Jobs.
     drawing.py        labelled synthetic screenshots
     drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
+    config_reference.py CONFIGURATION.md from the configuration classes
     console.py        progress and tables
     console_evaluation.py evaluations, calibrations, promotions
     console_training.py findings of the guards, comparisons
