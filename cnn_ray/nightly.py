@@ -23,7 +23,14 @@ from typing import NoReturn
 from cnn_ray.artifact import load_artifact
 from cnn_ray.comparison import Night, compare
 from cnn_ray.config import NightlyConfig, ScoreConfig
-from cnn_ray.errors import CnnRayError, PlanError, QuarantineLimitError, RunInterruptedError, UnavailableError
+from cnn_ray.errors import (
+    BusyError,
+    CnnRayError,
+    PlanError,
+    QuarantineLimitError,
+    RunInterruptedError,
+    UnavailableError,
+)
 from cnn_ray.nightly_status import (
     NO_SCREENSHOTS,
     CallRecord,
@@ -161,14 +168,17 @@ class _Night:
             remaining = [date for date in remaining if not self._attend(date)]
             left_s = (end - self.clock.now()).total_seconds()
             if not remaining or left_s <= 0:
-                return
+                break
             self.clock.sleep(min(POLL_S, left_s))
+        for date in remaining:  # who worked on it may be through by now
+            if self.results[date].state == "running" and (state := self._unsettled(date)) is not None:
+                self._keep_owed(date, state.detail)
 
     def _attend(self, date: Date) -> bool:
         """Whether the date has its result for this call; False where it may become ready while the call waits."""
         state = self._unsettled(date)
         if state is None:
-            return True
+            return self.results[date].state != "running"
         reason = None if state.is_open else why_not_ready(self.config, date, self.clock.now())
         if self._stopped or self._tried >= self.config.max_dates:
             self._keep_owed(date, self._stopped or f"left to the next call (max_dates {self.config.max_dates})")
@@ -177,8 +187,9 @@ class _Night:
             self._keep_owed(date, reason)
             return False
         self._tried += 1
-        self._keep(self._try(date))
-        return True
+        result = self._try(date)
+        self._keep(result)
+        return result.state != "running"
 
     def tell(self, event: str, result: DateResult) -> None:
         """Afterwards the webhook has been called, where there is one. That it failed is a warning."""
@@ -238,7 +249,7 @@ class _Night:
         except CnnRayError as error:
             if isinstance(error, UnavailableError):  # the other dates would wait for the same storage or cluster
                 self._stopped = "left to the next call: storage or workers were away"
-            state: State = "owed" if error.retryable else "failed"
+            state: State = "running" if isinstance(error, BusyError) else "owed" if error.retryable else "failed"
             return DateResult(date, state, str(error), TRY_AGAIN if error.retryable else error.exit_code, self.version)
         drift = () if result.already_done else _drift(settings, result)
         return DateResult(date, "done", told_of(result.manifest), 0, self.version, drift)

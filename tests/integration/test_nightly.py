@@ -113,7 +113,9 @@ def test_dates_are_utc_whatever_the_zone_and_its_daylight_saving(tmp_path, make,
             monkeypatch.setenv("TZ", zone)
             time.tzset()
             # 02:30 in Berlin comes twice in this night; at 22:30 UTC the day before Berlin already has the 25th
-            assert window(2026, 10, 25, 0, 30) == window(2026, 10, 25, 1, 30) == ["2026-10-22", "2026-10-23", "2026-10-24"]
+            assert (
+                window(2026, 10, 25, 0, 30) == window(2026, 10, 25, 1, 30) == ["2026-10-22", "2026-10-23", "2026-10-24"]
+            )
             assert window(2026, 10, 24, 22, 30) == ["2026-10-21", "2026-10-22", "2026-10-23"]
             # 02:30 does not exist here
             assert window(2026, 3, 29, 0, 59) == window(2026, 3, 29, 1, 1) == ["2026-03-26", "2026-03-27", "2026-03-28"]
@@ -253,8 +255,8 @@ def test_a_run_that_outlives_its_budget_keeps_what_it_committed(tmp_path, make):
     kept = list(Path(partition(tmp_path, D23)).glob("part-*"))
     assert kept
     assert not list(Path(partition(tmp_path, D23)).glob("_manifest*"))
-    assert [s.detail for s in calendar(config, TODAY)][0] == "stopped after its 1 s; what is committed is kept"
-    assert [s.detail for s in foresee(config, TODAY, datetime.now(UTC))][0] == "would be finished"
+    assert calendar(config, TODAY)[0].detail == "stopped after its 1 s; what is committed is kept"
+    assert foresee(config, TODAY, datetime.now(UTC))[0].detail == "would be finished"
     stamps = [p.stat().st_mtime_ns for p in kept]
     assert nightly.run_nightly(make(look_back_days=2), TODAY).exit_code == 0
     assert [p.stat().st_mtime_ns for p in kept] == stamps
@@ -335,3 +337,12 @@ def test_old_records_are_dropped(tmp_path):
     nightly_status.record(str(tmp_path), "m", lambda known: known.model_copy(update={"dates": days}))
     kept = json.loads((tmp_path / "_nightly.json").read_text())["models"]["m"]["dates"]
     assert sorted(kept) == sorted(days)[-nightly_status.KEEP_DAYS :]
+
+
+def test_a_call_waits_for_the_one_that_works_and_finds_it_done(tmp_path, make):
+    images(tmp_path, D24)
+    held = Lease(open_store(partition(tmp_path, D24)), 60)
+    clock = FrozenClock(datetime(2026, 11, 25, 2, tzinfo=UTC), on_sleep=lambda: held.__exit__(None, None, None))
+    with held:
+        result = nightly.run_nightly(make(look_back_days=1, wait_timeout_s=100), clock=clock)
+    assert (result.exit_code, clock.slept) == (0, [nightly.POLL_S])

@@ -134,7 +134,8 @@ def test_a_removal_that_dies_anywhere_is_finished_by_the_next(tmp_path, two_gene
         try:  # a reader sees all rows or none
             assert outputs.read(two_generations).equals(whole)
         except PlanError as error:
-            assert "no manifest" in str(error)
+            refused = str(error)
+            assert "no manifest" in refused
         state = nightly_status.state_of(str(tmp_path / "out"), OLD, "small", 1, any_version=True).state
         assert state == "done"
         (found,) = chosen(tmp_path / "out", keep_days=100_000)  # a decision once taken holds
