@@ -15,13 +15,24 @@ from typing import Any
 from cnn_ray import doctor_machine as machine
 from cnn_ray import doctor_security as security
 from cnn_ray import doctor_storage as storage
-from cnn_ray.config import Config, ModelConfig, ScoreConfig, ServeConfig, TrainConfig, build_config, load_yaml
+from cnn_ray.config import (
+    Config,
+    ModelConfig,
+    NightlyConfig,
+    ScoreConfig,
+    ServeConfig,
+    TrainConfig,
+    build_config,
+    load_yaml,
+)
 from cnn_ray.doctor_finding import Finding, error, ok, warning
-from cnn_ray.errors import CnnRayError
+from cnn_ray.errors import CnnRayError, ConfigError
 from cnn_ray.partitions import fill_date
 
 DEADLINE_S = 15.0
 """A storage that needs longer for one probe is down or out of reach for practical ends."""
+
+SHORTEST_BUDGET_S = 300.0
 
 Check = Callable[[], Sequence[Finding]]
 
@@ -65,6 +76,8 @@ def checks_of_document(document: Mapping[str, Any], file: str) -> list[tuple[str
     Raises:
         ConfigError: it is none that we know, or a key is wrong.
     """
+    if document.get("kind") == "RayService":
+        document = load_inner_yaml(document, file)
     if "applications" in document:
         from cnn_ray.doctor_serve_yaml import serve_yaml_findings
 
@@ -76,6 +89,24 @@ def checks_of_document(document: Mapping[str, Any], file: str) -> list[tuple[str
     return checks_of_config(config_of(document, file))
 
 
+def load_inner_yaml(document: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """The Serve configuration that a RayService holds as text.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    import yaml
+
+    spec = document.get("spec")
+    try:
+        inner = yaml.safe_load(str(spec.get("serveConfigV2"))) if isinstance(spec, Mapping) else None
+    except yaml.YAMLError:
+        inner = None
+    if not isinstance(inner, Mapping) or "applications" not in inner:
+        raise ConfigError(f"Expected applications in spec.serveConfigV2 of {file}. Received: none. Next: correct it.")
+    return inner
+
+
 def config_of(document: Mapping[str, Any], file: str) -> Config:
     """The configuration in a job's YAML file, its kind told by its keys.
 
@@ -84,6 +115,8 @@ def config_of(document: Mapping[str, Any], file: str) -> Config:
     """
     if "data" in document and "name" in document:
         return build_config(TrainConfig, document, source=file)
+    if "score" in document:
+        return build_config(NightlyConfig, document, source=file)
     if "input_uri" in document or "output_uri" in document:
         day = {} if "date" in document else {"date": "2000-01-01"}  # {date} is filled in by a flag
         return build_config(ScoreConfig, day, document, source=file)
@@ -93,6 +126,8 @@ def config_of(document: Mapping[str, Any], file: str) -> Config:
 def checks_of_config(config: Config) -> list[tuple[str, Check]]:
     """What storage and model of a configuration are asked."""
     checks: list[tuple[str, Check]] = []
+    if isinstance(config, NightlyConfig):
+        return [("time-outs", lambda: [night_finding(config)]), *checks_of_config(config.score)]
     if isinstance(config, ScoreConfig):
         checks += _score_checks(config)
     if isinstance(config, ModelConfig):
@@ -115,6 +150,18 @@ def _score_checks(config: ScoreConfig) -> list[tuple[str, Check]]:
         ("chunked uploads", lambda: [storage.arrow_finding(config.output_uri, "chunked uploads", needed=False)]),
         ("clock", lambda: [storage.read_clock_finding(config.output_uri)]),
     ]
+
+
+def night_finding(config: NightlyConfig) -> Finding:
+    """Whether the times of a night agree with one another."""
+    budget, wait = config.date_budget_s, config.wait_timeout_s
+    if budget is not None and budget < SHORTEST_BUDGET_S:
+        said = f"date_budget_s {budget:g}: a start of Ray alone takes some 15 s, and a stopped date begins again"
+        return warning("time-outs", said, "3600 or more")
+    if wait == 0 and (config.wait_for_marker is not None or config.min_age_s > 0):
+        said = "wait_timeout_s 0: a date that is not ready ends the call with 75"
+        return warning("time-outs", said, "wait_timeout_s: 3600, or a scheduler that calls again at 75")
+    return ok("time-outs", f"a date may take {'as long as it needs' if budget is None else f'{budget:g} s'}")
 
 
 def model_finding(config: ModelConfig) -> Finding:

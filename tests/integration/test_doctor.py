@@ -16,8 +16,9 @@ import pytest
 from factories import write_images
 
 from cnn_ray import doctor, doctor_storage
-from cnn_ray.config import ScoreConfig
+from cnn_ray.config import NightlyConfig, ScoreConfig, load_yaml
 from cnn_ray.doctor_finding import ok
+from cnn_ray.errors import ConfigError
 from cnn_ray.storage import LocalStore, S3Store, open_store
 
 
@@ -191,6 +192,35 @@ def test_a_check_that_hangs_or_breaks_is_a_finding():
         ("good", "ok"),
     ]
     assert "no answer" in findings[0].said
+
+
+def test_a_kind_of_file_is_told_by_its_keys(tmp_path):
+    root = Path(__file__).parents[2]
+
+    def names(path):
+        return {name for name, _ in doctor.checks_of_document(load_yaml(path), str(path))}
+
+    assert names(root / "cluster.yaml") == {"cluster yaml"}
+    assert names(root / "jobs" / "serve.yaml") == names(root / "jobs" / "kubernetes_rayservice.yaml") == {"serve yaml"}
+    assert names(root / "jobs" / "nightly.yaml") == {"time-outs", *names(root / "jobs" / "score.yaml")}
+    assert names(root / "jobs" / "cifar10.yaml") == {"models", "runs", "clock"}
+    with pytest.raises(ConfigError, match="serveConfigV2"):
+        doctor.checks_of_document({"kind": "RayService", "spec": {"serveConfigV2": "x: ["}}, "f.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "level"),
+    [
+        ({"wait_for_marker": "_SUCCESS", "wait_timeout_s": 3600}, "ok"),
+        ({"wait_for_marker": "_SUCCESS"}, "warning"),
+        ({"min_age_s": 60}, "warning"),
+        ({"date_budget_s": 20}, "warning"),
+        ({"date_budget_s": 21600}, "ok"),
+    ],
+)
+def test_the_times_of_a_night_agree(changes, level):
+    score = {"model": "a@1", "input_uri": "/in/{date}", "output_uri": "/out"}
+    assert doctor.night_finding(NightlyConfig(score=score, **changes)).level == level
 
 
 def run_doctor(*arguments):
