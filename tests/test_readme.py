@@ -58,7 +58,9 @@ def test_constraints_pin_every_dependency_and_name_no_host():
 def test_example_configurations_load(path):
     if path.name == "serve.yaml" or path.name.startswith("kubernetes_"):
         return  # tests/unit/test_doctor_yaml.py, test_schedule.py and tests/contract/test_ray_kubernetes.py load them
-    kind = {"score": ScoreConfig, "compare": CompareConfig, "nightly": NightlyConfig}.get(re.split(r"[_.]", path.name)[0], TrainConfig)
+    kind = {"score": ScoreConfig, "compare": CompareConfig, "nightly": NightlyConfig}.get(
+        re.split(r"[_.]", path.name)[0], TrainConfig
+    )
     flags = {"date": "2026-11-23"} if kind is ScoreConfig else {}
     config = build_config(kind, load_yaml(path), flags, source=path.name)
     if isinstance(config, CompareConfig):
