@@ -148,3 +148,33 @@ def test_workers_are_spot_and_start_from_none_and_the_head_takes_no_tasks():
         assert spot["resources"] == on_demand["resources"]
     profiles = {str(node_type["node_config"]["IamInstanceProfile"]) for node_type in types.values()}
     assert len(profiles) == 1, "credentials come from one instance profile; no keys anywhere"
+
+
+def launched(demand: dict[str, float], count: int, availability: dict[str, float]) -> dict[str, int]:
+    """Node type -> nodes that Ray's own autoscaler (v2) would launch for `count` tasks of this demand, head running."""
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    config = AutoscalingConfig(configs=prepared_cluster(load()), skip_content_hash=True)
+    types = {name: kind for name, kind in config.get_node_type_configs().items() if name != "head"}
+    requests = ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(demand)] * count)
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=types,
+        max_num_nodes=config.get_max_num_nodes(),
+        resource_requests=requests,
+        cloud_resource_availabilities=availability,
+        recoverable_resource_availabilities=availability,
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    return {launch.instance_type: launch.count for launch in reply.to_launch}
+
+
+def test_the_autoscaler_takes_spot_first_and_on_demand_where_spot_is_not_to_be_had():
+    assert launched({"CPU": 1}, 0, {}) == {}
+    assert launched({"CPU": 1}, 32, {}) == {"cpu_decode_spot": 4}
+    assert launched({"GPU": 1}, 3, {}) == {"gpu_spot": 3}
+    assert launched({"GPU": 1}, 2, {"gpu_spot": 0.0}) == {"gpu_on_demand": 2}
+    assert launched({"CPU": 8}, 3, {"cpu_decode_spot": 0.0}) == {"cpu_decode_on_demand": 3}
+    assert launched({"GPU": 1}, 100, {}) == {"gpu_spot": 4, "gpu_on_demand": 2}
