@@ -107,11 +107,12 @@ def test_a_run_sets_aside_what_is_not_allowed(tmp_path, s3_uri, small_models):
     store.put(
         "m.csv", f"uri\na.png\n{s3_uri}/../x\ns3://another-bucket/b.png\nhttps://h/c.png?key=qwertyuiop\n".encode()
     )
+    secret = "AKIAIOSFODNN7EXAMPLE"  # whoever names a folder like that
     config = ScoreConfig(
         model="small@1",
         models_uri=small_models,
         input_uri=f"{s3_uri}/m.csv",
-        output_uri=str(tmp_path / "out"),
+        output_uri=str(tmp_path / "out" / secret),
         precision="f32",
         max_quarantine_rate=1,
         report=True,
@@ -125,5 +126,7 @@ def test_a_run_sets_aside_what_is_not_allowed(tmp_path, s3_uri, small_models):
     tables = [str(pq.read_table(path).to_pylist()) for path in files if path.suffix == ".parquet"]
     texts = [path.read_text() for path in files if path.suffix != ".parquet"]
     assert len(tables) >= 3
+    assert not [text for text in (*tables, *texts) if secret in text]
+    assert result.manifest.config["output_uri"] == f"{tmp_path}/out/***"
     assert any("https://h/c.png?***" in text for text in tables)
     assert not [text for text in (*tables, *texts) if "qwertyuiop" in text]

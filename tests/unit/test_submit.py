@@ -213,6 +213,16 @@ def test_the_working_directory_holds_the_package_the_entry_points_and_the_config
         assert yaml.safe_load(archive.read("job.yaml"))["batch_size"] == 8
 
 
+def test_nothing_of_this_machine_travels_along_and_others_cannot_look(tmp_path):
+    with submit.working_folder(submission()) as folder:
+        assert folder.stat().st_mode & 0o077 == 0
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert not [path for path in files if "__pycache__" in path.parts or path.suffix == ".pyc"]
+        assert {path.suffix for path in folder.glob("jobs/*")} == {".py"}
+        assert sum(path.stat().st_size for path in files) < 5 * 1024**2
+    assert not folder.exists()
+
+
 def test_pins_make_an_environment_and_none_leaves_the_image(jobs, tmp_path):
     assert set(submit.runtime_env(tmp_path, None)) == {"working_dir"}
     (tmp_path / "pins.txt").write_text("# by hand\nray==2.60.0\n\npyarrow==26.0.1 \n")
