@@ -29,7 +29,7 @@ from cnn_ray.doctor_finding import Finding, error, ok, warning
 from cnn_ray.errors import CnnRayError, ConfigError
 from cnn_ray.partitions import fill_date
 
-DEADLINE_S = 15.0
+DEADLINE_S = 10.0
 """A storage that needs longer for one probe is down or out of reach for practical ends."""
 
 SHORTEST_BUDGET_S = 300.0
@@ -231,6 +231,4 @@ def run_checks(checks: Sequence[tuple[str, Check]], deadline_s: float = DEADLINE
 
 def _as_finding(check: str, failure: CnnRayError) -> Finding:
     said, _, mend = str(failure).replace("\n", " ").partition(" Next: ")
-    if failure.retryable:
-        return warning(check, said, mend or "try again")
     return error(check, said, mend or "correct it")

@@ -126,6 +126,23 @@ def test_a_night_from_submission_to_its_exit_code(cluster, tmp_path, small_model
     assert cluster.token not in done.stdout + done.stderr + again.stdout + listed
 
 
+def test_the_nights_of_a_week(cluster, tmp_path, small_models):
+    write_images(tmp_path / "in" / "2026-11-23", 6)
+    write_images(tmp_path / "in" / "2026-11-24", 4)
+    path = tmp_path / "nightly.yaml"
+    path.write_text(
+        f"score: {{model: small@1, models_uri: {small_models}, input_uri: '{tmp_path}/in/{{date}}', precision: f32,\n"
+        f"  output_uri: {tmp_path}/out, runner: local}}\nlook_back_days: 2\n"
+    )
+    done = cli(cluster, "nightly", "--config", path, "--today", "2026-11-25", "--follow")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    for day, rows in (("2026-11-23", 6), ("2026-11-24", 4)):
+        assert outputs.read(f"{tmp_path}/out/date={day}/model=small/version=1").num_rows == rows
+    again = cli(cluster, "nightly", "--config", path, "--today", "2026-11-25")
+    assert "is SUCCEEDED" in again.stdout
+    assert submitted(cli(cluster, "nightly", "--config", path, "--today", "2026-11-26", "--no-wait"))
+
+
 def test_without_the_token_nothing_is_taken(cluster, tmp_path):
     assert status_of(cluster.address) == 401
     assert status_of(cluster.address, "0" * 64) == 403

@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from datetime import date
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +18,12 @@ import yaml
 from aiohttp import web
 
 from cnn_ray import submit, submit_client
-from cnn_ray.config import EvaluateConfig, NightlyConfig, ScoreConfig, TrainConfig
+from cnn_ray.config import EvaluateConfig, NightlyConfig, ScoreConfig, TrainConfig, build_config
 from cnn_ray.errors import AccessDeniedError, ConfigError, NotFoundError, UnavailableError
+from cnn_ray.flags import config_from_flags
 
 DAY = date(2026, 11, 24)
+JOBS = Path(__file__).parents[2] / "jobs"
 SCORE = {"model": "small@1", "models_uri": "/m", "input_uri": "/in/{date}", "output_uri": "/out"}
 
 
@@ -371,6 +374,34 @@ def test_what_is_wrong_is_told_before_anything_is_sent(jobs, night):
     dry = cli(jobs, "score", "--config", night, "--date", "2026-11-23", "--dry-run")
     assert dry.stdout.startswith(f"Would submit {submission().submission_id}")
     assert jobs.requests == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "flags"),
+    [
+        ("train", "cifar10.yaml", ["--models-uri", "/m", "--runs-uri", "/r", "--train-epochs", "3"]),
+        ("nightly", "nightly.yaml", ["--score-batch-size", "8", "--today", "2026-11-25"]),
+        ("score", "score.yaml", ["--date", "2026-11-23"]),
+        ("evaluate", None, ["--model", "a@1", "--models-uri", "/m", "--data-uri", "s3://b/l", "--output-uri", "/e"]),
+    ],
+)
+def test_flags_over_the_file_are_what_the_job_reads(jobs, kind, file, flags):
+    arguments = [kind, *([] if file is None else ["--config", str(JOBS / file)]), *flags]
+    done = cli(jobs, *arguments, "--no-wait")
+    assert done.returncode == 0, done.stderr
+    (package,) = jobs.packages.values()
+    with zipfile.ZipFile(io.BytesIO(package)) as archive:
+        document = yaml.safe_load(archive.read("job.yaml"))
+    config = build_config(submit.KINDS[kind], document)
+    expected = config_from_flags(submit.KINDS[kind], None if file is None else str(JOBS / file), given(flags))
+    assert config == expected
+
+
+def given(flags):
+    """Flags of the command line under the names that click gives them."""
+    names = [flag[2:].replace("-", "_") for flag in flags[::2]]
+    nested = {"train_epochs": "train__epochs", "score_batch_size": "score__batch_size", "data_uri": "data__uri"}
+    return {nested.get(name, name): value for name, value in zip(names, flags[1::2], strict=True) if name != "today"}
 
 
 def test_ctrl_c_while_following_leaves_the_job_running_and_says_so(jobs, night):
