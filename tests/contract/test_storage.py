@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,6 +30,18 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return open_store(request.getfixturevalue("s3_uri"))
     (tmp_path / "root").mkdir()
     return open_store(str(tmp_path / "root"))
+
+
+def test_when_the_newest_object_was_written(store: Store) -> None:
+    assert store.newest_s() is None
+    before_s = time.time()
+    store.put("a/old", b"x")
+    store.put("b/new", b"x")
+    newest_s, older_s = store.newest_s(), store.newest_s("a/")
+    assert newest_s is not None
+    assert older_s is not None
+    assert before_s - 2 < older_s <= newest_s < time.time() + 2  # S3 tells whole seconds
+    assert store.newest_s("c/") is None
 
 
 def test_put_get_head_exists(store: Store) -> None:
