@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from datetime import date as Date
@@ -212,9 +213,16 @@ def submit_stop(submission_id: str, address: str | None) -> None:
 
 
 def _server(address: str | None) -> JobServer:
-    from cnn_ray.submit_client import JobServer
+    from cnn_ray.submit_client import JobServer, travels_in_clear
 
-    return JobServer(address)
+    server = JobServer(address)
+    if travels_in_clear(server.address, os.environ.get("RAY_AUTH_MODE") == "token"):
+        click.echo(
+            f"cnn-ray: warning: the token goes to {server.address} unencrypted. "
+            "Next: `ray dashboard cluster.yaml` opens a tunnel, then --address http://127.0.0.1:8265; or https.",
+            err=True,
+        )
+    return server
 
 
 def _today(given: str | None) -> Date:

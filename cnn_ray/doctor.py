@@ -66,7 +66,7 @@ def machine_findings(wants_cluster: bool, serve_ports: Sequence[int]) -> list[Fi
         *machine.timeout_findings(os.environ),
         *security.port_findings(security.listening(), token_mode=token_mode, serve_ports=serve_ports),
         *security.token_findings(os.environ, Path.home(), wanted=wants_cluster),
-        security.haproxy_finding(),
+        security.haproxy_finding(Path(os.environ.get(security.HAPROXY_VARIABLE, security.HAPROXY_SOCKET))),
     ]
 
 

@@ -14,6 +14,8 @@ RAY_PORTS = {8265: "dashboard and Jobs API", 10001: "Ray Client", 6379: "GCS"}
 """Whoever reaches one of these runs code on the cluster, unless a token is asked for."""
 SERVE_PORTS = {8000: "Serve", 8404: "HAProxy statistics", 9101: "HAProxy metrics"}
 SECRET_MODE = 0o600
+HAPROXY_VARIABLE = "RAY_SERVE_HAPROXY_SOCKET_PATH"
+HAPROXY_SOCKET = "/tmp/haproxy-serve/admin.sock"  # noqa: S108 - Ray's default
 
 
 def listening() -> list[tuple[str, int]]:
@@ -106,10 +108,10 @@ def token_findings(environment: Mapping[str, str], home: Path, *, wanted: bool) 
     return found or [ok("token", "token mode" if mode == "token" else "no cluster, no token needed")]
 
 
-def haproxy_finding(socket: Path = Path("/tmp/haproxy-serve/admin.sock")) -> Finding:  # noqa: S108 - Ray's default
+def haproxy_finding(socket: Path) -> Finding:
     """Whether an admin socket of HAProxy lets everybody of this machine command it."""
     if not socket.exists():
-        return ok("haproxy", "no admin socket at Ray's default place")
+        return ok("haproxy", f"no admin socket at {socket}")
     bits = stat.S_IMODE(socket.stat().st_mode)
     if bits & ~SECRET_MODE:
         return error(

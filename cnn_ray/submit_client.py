@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+from cnn_ray.auth import is_loopback
 from cnn_ray.errors import AccessDeniedError, CnnRayError, ConfigError, NotFoundError, UnavailableError
 from cnn_ray.submit import Resources, Submission, runtime_env, working_folder
 
@@ -21,6 +23,12 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 STOPPED_CODE = 130
 NEVER_STARTED_CODE = 75
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+def travels_in_clear(address: str, token_mode: bool) -> bool:
+    """Whether a token would go to another machine over plain http, where whoever is in between can read it."""
+    url = urlsplit(address)
+    return token_mode and url.scheme == "http" and not (url.hostname == "localhost" or is_loopback(url.hostname or ""))
 
 
 @dataclass(frozen=True)

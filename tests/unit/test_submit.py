@@ -321,6 +321,22 @@ def test_a_token_is_wanted_and_never_shown(jobs, monkeypatch):
     assert "987654321" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("address", "token_mode", "clear"),
+    [
+        ("http://127.0.0.1:8265", True, False),
+        ("http://localhost:8265", True, False),
+        ("http://[::1]:8265", True, False),
+        ("http://10.0.0.5:8265", True, True),
+        ("http://head.example.com:8265", True, True),
+        ("https://head.example.com", True, False),
+        ("http://10.0.0.5:8265", False, False),
+    ],
+)
+def test_a_token_in_clear_is_told(address, token_mode, clear):
+    assert submit_client.travels_in_clear(address, token_mode) is clear
+
+
 def test_nobody_there_and_no_such_job(jobs, monkeypatch):
     with pytest.raises(UnavailableError, match=r"job server at http://127\.0\.0\.1:9"):
         submit_client.JobServer("http://127.0.0.1:9")
