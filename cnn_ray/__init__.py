@@ -4,6 +4,7 @@ Domain: no clock, network, Ray or TensorFlow.
     errors.py         what can go wrong: exit codes and HTTP statuses
     config.py         one frozen class per job; its docstrings are the documentation of every flag
     records.py        the column contract of everything written, and the codes of the quarantine
+    redaction.py      secrets taken out of what is shown or stored
     partitions.py     date and model version <-> location
     plan.py           listing -> frozen plan of shards; which of them are pending
     request_errors.py what can be wrong with an HTTP request, each with its status
@@ -86,6 +87,14 @@ Jobs.
     ray_runner.py     the same by Ray Data over a cluster
     planning.py       what a run owes: frozen settings, and the plan that is open or comes next
     score.py          plan -> pending shards -> manifest
+    nightly_status.py what each date of a look-back window owes; the status object of nightly runs
+    readiness.py      whether the screenshots of a date are complete
+    webhook.py        one JSON message to an allow-listed https address
+    nightly_calendar.py the dates of the look-back window as they stand, for people
+    nightly.py        every date that owes a run is scored, oldest or newest first
+    retention.py      old partitions removed, manifest first
+    schedule_files.py timer, cron line and Kubernetes manifests that start nightly, as text
+    schedule.py       the same installed, shown, removed
     explain.py        occlusion heat map of one image
     page_files.py     the page at / as it is sent
     auth.py           API keys: a file of hashes, and whose key a request brought
@@ -98,14 +107,27 @@ Jobs.
     haproxy.py        Ray's HAProxy ingress, made safe
     endpoint.py       the ASGI application: keys, limits, deadlines around every answer
     serve.py          replicas of it on Ray Serve
+    doctor_finding.py what a check says: level, what was seen, how to mend it
+    doctor_machine.py packages, processors, disk, time-outs of this machine
+    doctor_security.py open ports, the token, HAProxy's socket
+    doctor_storage.py storage answers, keeps what it is given, refuses what it must
+    doctor_serve_yaml.py what Ray Serve accepts in silence in its YAML
+    doctor_cluster_yaml.py what `ray up` would only say on AWS, or never
+    doctor.py         all of it in a few seconds, each finding with its mend
+    submit.py         a job as it is handed to a cluster, at most once
+    submit_client.py  Ray's job server: submit, watch, stop
     drawing.py        labelled synthetic screenshots
     drawn_files.py    folders of them, and hostile files
     flags.py          configuration class -> command-line flags
+    config_reference.py CONFIGURATION.md from the configuration classes
     console.py        progress and tables
     console_evaluation.py evaluations, calibrations, promotions
     console_training.py findings of the guards, comparisons
     cli_models.py     the verbs about models
+    cli_operate.py    the verbs that run every night: nightly, schedule, runs prune
     cli_serve.py      the verbs about the endpoint
+    cli_doctor.py     the verb doctor
+    cli_submit.py     the verbs that hand jobs to a cluster
     demo.py           the whole line on drawn screenshots
     cli.py            verbs and exit codes only
 """

@@ -12,12 +12,16 @@ from typing import Any, NoReturn
 import click
 
 import cnn_ray
+from cnn_ray.cli_doctor import doctor
 from cnn_ray.cli_models import compare, evaluate, model
+from cnn_ray.cli_operate import nightly, runs_prune, schedule
 from cnn_ray.cli_serve import keys, serve
+from cnn_ray.cli_submit import submit
 from cnn_ray.config import ScoreConfig, TrainConfig
 from cnn_ray.errors import CnnRayError
 from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
 from cnn_ray.flags import print_config as show_config
+from cnn_ray.redaction import RedactingFormatter, redact
 
 INTERRUPTED = 130
 
@@ -25,7 +29,9 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 bug, 2 usage, 3 artifact, 4 quarantine, 75 try again, 130 Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.exit(_exit_code(lambda: commands.main(arguments, prog_name="cnn-ray", standalone_mode=False)))
 
 
@@ -41,7 +47,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
         error.show()
         return 2
     except CnnRayError as error:
-        click.echo(f"cnn-ray: {error}", err=True)
+        click.echo(f"cnn-ray: {redact(str(error))}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo(
@@ -54,7 +60,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except Exception as error:
         if os.environ.get("CNN_RAY_DEBUG"):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = redact(" ".join(str(error).split()))[:300]
         click.echo(
             f"cnn-ray: Expected no bug. Received: {type(error).__name__}: {reason}. "
             "Next: run again with CNN_RAY_DEBUG=1 and report what it prints.",
@@ -158,6 +164,10 @@ commands.add_command(evaluate)
 commands.add_command(compare)
 commands.add_command(keys)
 commands.add_command(serve)
+commands.add_command(nightly)
+commands.add_command(schedule)
+commands.add_command(doctor)
+commands.add_command(submit)
 
 
 @commands.group()
@@ -216,6 +226,9 @@ def runs_compact(partition_uri: str, folder: str) -> None:
     from cnn_ray.runs import compact_run
 
     click.echo(f"Parquet: {compact_run(partition_uri, folder)}")
+
+
+runs.add_command(runs_prune)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from datetime import date as Date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from cnn_ray.errors import ConfigError
 
@@ -69,6 +70,9 @@ class ScoreConfig(ModelConfig):
     """UTC date (YYYY-MM-DD) of the partition; also fills {date} in the input."""
     uri_column: str = "uri"
     """Column of a manifest input that holds the image locations."""
+    allow_uris: tuple[str, ...] = ()
+    """Locations (s3://bucket, s3://bucket/prefix, /folder) that a manifest may name besides its own folder. Without any,
+    one in S3 may name its own bucket, a local one whatever this run can read; never http. Else: uri_not_allowed."""
     runner: Literal["auto", "local", "ray"] = "auto"
     """local (this process), ray (a cluster, or a local Ray), or auto: ray when RAY_ADDRESS is set."""
     limit: PositiveInt | None = None
@@ -108,6 +112,69 @@ class ScoreConfig(ModelConfig):
         if "{date}" in self.input_uri and self.date is None:
             raise ValueError("Expected --date, because the input holds {date}. Received: no date.")
         return self
+
+
+class NightScoreConfig(ScoreConfig):
+    """What `nightly` scores: the settings of `score` for every date. The dates are its own affair."""
+
+    @model_validator(mode="after")
+    def _date_for_placeholder(self) -> NightScoreConfig:
+        if "{date}" not in self.input_uri:
+            raise ValueError(f"Expected {{date}} in input_uri of a nightly run. Received: {self.input_uri}.")
+        given = [name for name in ("date", "limit", "accept", "retry_quarantined") if getattr(self, name)]
+        if given:
+            raise ValueError(f"Expected settings that hold for every date. Received: {given[0]}, which is for one run.")
+        return self
+
+
+class NightlyConfig(Config):
+    """Every night by itself: each date of the look-back window that owes a manifest is scored. Dates are UTC dates."""
+
+    score: NightScoreConfig
+    """How each date is scored; input_uri holds {date}, an alias is resolved once for the whole call."""
+    look_back_days: Annotated[int, Field(ge=1, le=366)] = 7
+    """How many dates are looked at: a missed night heals as long as its date is one of them."""
+    lag_days: Annotated[int, Field(ge=0, le=366)] = 1
+    """The newest date looked at is this many days before today (UTC): 1 is yesterday, whose last hour is over."""
+    first_date: Date | None = None
+    """Dates before this one owe nothing: screenshots are collected since then."""
+    order: Literal["oldest", "newest"] = "oldest"
+    """Which owed date comes first."""
+    max_dates: PositiveInt = 7
+    """Most dates that one call scores; the others stay owed (exit code 75) for the next one."""
+    rescore_new_version: bool = False
+    """Dates that an earlier version of the model has finished are owed again after the alias moved."""
+    wait_for_marker: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """A date is ready when an object of this name (such as _SUCCESS) lies in its input. Name it _SUCCESS, or leave it
+    empty with _ in front: other names are taken for images."""
+    min_age_s: Annotated[float, Field(ge=0)] = 0
+    """A date is ready when the newest object of its input is at least this old."""
+    wait_timeout_s: Annotated[float, Field(ge=0)] = 0
+    """How long one call waits for dates that are not ready; what still is not stays owed (exit code 75)."""
+    date_budget_s: Annotated[float, Field(gt=0)] | None = None
+    """A date that takes longer is stopped as by SIGTERM: what is committed is kept, the rest stays owed."""
+    webhook_url: str | None = None
+    """https address that is told of failures and drift (JSON, POST). Only its host is ever shown."""
+    webhook_hosts: tuple[str, ...] = ()
+    """Hosts (HOST or HOST:PORT) that webhook_url may name."""
+
+    @model_validator(mode="after")
+    def _webhook_is_allowed(self) -> NightlyConfig:
+        if self.webhook_url is None:
+            return self
+        address = urlsplit(self.webhook_url)
+        shown = f"{address.scheme}://{address.netloc.rpartition('@')[2]}"
+        if address.scheme != "https" or not address.hostname or "@" in address.netloc:
+            raise ValueError(f"Expected https://HOST/... without a user for webhook_url. Received: {shown}.")
+        if address.netloc.lower() not in {host.lower() for host in self.webhook_hosts}:
+            allowed = ", ".join(self.webhook_hosts) or "none"
+            raise ValueError(f"Expected a webhook_url on one of webhook_hosts ({allowed}). Received: {shown}.")
+        return self
+
+    @field_serializer("webhook_url")
+    def _webhook_without_its_secret(self, value: str | None) -> str | None:
+        """Path and query are what lets anybody write there."""
+        return None if value is None else f"https://{urlsplit(value).netloc}/..."
 
 
 class DataConfig(Config):
@@ -511,7 +578,7 @@ def build_config(kind: type[ConfigT], *layers: Mapping[str, Any], source: str = 
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = _merge(merged, layer)
+        merged = merge_layers(merged, layer)
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
@@ -544,11 +611,12 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The upper mapping over the lower one, key by key; nested mappings are merged likewise."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownArgumentType]
+        merged[key] = merge_layers(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownArgumentType]
     return merged
 
 

@@ -11,6 +11,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from cnn_ray.config import Config, build_config, load_yaml
+from cnn_ray.redaction import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,10 +56,10 @@ def shared_flags(command: CommandT) -> CommandT:
 
 
 def print_config(config: Config) -> None:
-    """Prints the resolved configuration as YAML."""
+    """Prints the resolved configuration as YAML, without the secrets in it."""
     import yaml
 
-    click.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip())
+    click.echo(yaml.safe_dump(redacted(config.model_dump(mode="json")), sort_keys=False).rstrip())
 
 
 def stdout_console() -> Console:
@@ -81,6 +82,12 @@ def config_from_flags(kind: type[ConfigT], file: str | None, flags: Mapping[str,
     Raises:
         ConfigError: the file or a value is wrong.
     """
+    source = "the flags" if file is None else f"{file} and the flags"
+    return build_config(kind, {} if file is None else load_yaml(file), given_keys(flags), source=source)
+
+
+def given_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given as flags, as the mapping that a YAML file would hold."""
     given: dict[str, Any] = {}
     for name, value in flags.items():
         if value is None:
@@ -90,8 +97,7 @@ def config_from_flags(kind: type[ConfigT], file: str | None, flags: Mapping[str,
         for step in outer:
             level = level.setdefault(step, {})
         level[last] = value
-    source = "the flags" if file is None else f"{file} and the flags"
-    return build_config(kind, {} if file is None else load_yaml(file), given, source=source)
+    return given
 
 
 def _fields(kind: type[Config], prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:

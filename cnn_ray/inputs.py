@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +24,10 @@ import pyarrow.parquet as pq
 
 from cnn_ray.errors import AccessDeniedError, DataError, NotFoundError
 from cnn_ray.records import INPUT_PREFIX, LISTING_SCHEMA
+from cnn_ray.redaction import redact
 from cnn_ray.storage import Store, open_store, split_uri
 
+SUCCESS = "_SUCCESS"
 MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl")
 HEAD_THREADS = 32
 HEADS_AHEAD = 4096
@@ -40,17 +44,33 @@ def is_manifest(uri: str) -> bool:
     return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
-def list_inputs(uri: str, uri_column: str) -> Iterator[pa.Table]:
+def list_inputs(uri: str, uri_column: str, allow_uris: tuple[str, ...] = ()) -> Iterator[pa.Table]:
     """Tables with LISTING_SCHEMA (and `input_` columns of a manifest), sorted by uri, each uri once.
+
+    What a manifest names outside of `allow_uris` (see `is_allowed`) is a row that nothing is fetched for.
 
     Raises:
         NotFoundError: no such folder, bucket or manifest.
         DataError: the manifest cannot be parsed, lacks the column, or names a uri twice.
     """
     if is_manifest(uri):
-        yield _manifest_listing(uri, uri_column)
+        yield _manifest_listing(uri, uri_column, allow_uris)
     else:
-        yield from open_store(uri).list()
+        yield from map(_without_markers, open_store(uri).list())
+
+
+def _without_markers(table: pa.Table) -> pa.Table:
+    """The rows that can be images: not those that say that a folder is complete.
+
+    Hadoop and Spark write `_SUCCESS` for that; any other name counts where it begins with `_` and the object is empty,
+    because a hash that names an image may begin with `_` too.
+    """
+    success = pc.ends_with(table["uri"], f"/{SUCCESS}")
+    empty = pc.equal(table["size_bytes"], 0)
+    if not pc.any(pc.or_(success, empty)).as_py():
+        return table
+    marker = pc.or_(success, pc.and_(empty, pc.match_substring_regex(table["uri"], "/_[^/]*$")))
+    return table.filter(pc.invert(marker))
 
 
 def read_manifest_table(uri: str) -> pa.Table:
@@ -88,6 +108,28 @@ def resolve_uri(base: str, uri: str) -> str | None:
     return None if relative.startswith("..") or relative == "." else f"{base.rstrip('/')}/{relative}"
 
 
+def is_allowed(location: str, base: str, allow_uris: tuple[str, ...]) -> bool:
+    """Whether a manifest in the folder `base` may name this absolute location.
+
+    What lies in the manifest's own folder always. Else `allow_uris` are the locations (s3://bucket, s3://bucket/prefix,
+    /folder) that it may name; without any a manifest in S3 may name its own bucket, because who may write there need
+    not be who may read all that this run can, and a local one, the operator's own, whatever the run can read.
+    Links are followed before a folder is judged.
+    """
+    if _is_below(location, base):
+        return True  # the store keeps links from leading out of it
+    if not allow_uris:
+        return not base.startswith("s3://") or _is_below(location, "/".join(base.split("/")[:3]))
+    if location.startswith("s3://"):
+        return any(_is_below(location, root) for root in allow_uris)
+    real = os.path.realpath(location)
+    return any(_is_below(real, os.path.realpath(root)) for root in allow_uris if "://" not in root)
+
+
+def _is_below(location: str, root: str) -> bool:
+    return location.startswith(root.rstrip("/") + "/")
+
+
 def store_and_key(uri: str, root: Store) -> tuple[Store, str]:
     """Where an input lies: (store, key). Inputs below the root use it; others open their bucket, or the file system."""
     if uri.startswith(root.uri + "/"):
@@ -99,25 +141,28 @@ def store_and_key(uri: str, root: Store) -> tuple[Store, str]:
     return open_store(folder), name
 
 
-def _manifest_listing(uri: str, uri_column: str) -> pa.Table:
+def _manifest_listing(uri: str, uri_column: str, allow_uris: tuple[str, ...]) -> pa.Table:
     table = read_manifest_table(uri)
     if uri_column not in table.column_names:
         raise DataError(
             f"Expected a column {uri_column!r} in {uri}. Received: {', '.join(table.column_names)}. "
             "Next: name the column with --uri-column."
         )
-    listing = _listing_of([str(value) for value in table[uri_column].to_pylist()], uri)
+    listing = _listing_of([str(value) for value in table[uri_column].to_pylist()], uri, allow_uris)
     for name in table.column_names:
         if name != uri_column:
             listing = listing.append_column(INPUT_PREFIX + name, table[name])
     return listing.sort_by("uri")
 
 
-def _listing_of(named: list[str], manifest: str) -> pa.Table:
+def _listing_of(named: list[str], manifest: str, allow_uris: tuple[str, ...]) -> pa.Table:
     """The locations, etags and sizes of what the manifest names, in its order."""
     root = open_store(split_uri(manifest)[0])
-    resolved = [resolve_uri(root.uri, name) for name in named]
-    uris = pa.array([location or name for name, location in zip(named, resolved, strict=True)], pa.string())
+    resolved = [
+        location if location is not None and is_allowed(location, root.uri, allow_uris) else None
+        for location in (resolve_uri(root.uri, name) for name in named)
+    ]
+    uris = pa.array([location or _shown(name) for name, location in zip(named, resolved, strict=True)], pa.string())
     _refuse_duplicates(uris, manifest)
     etags: list[str] = []
     sizes = np.zeros(len(resolved), np.int64)
@@ -128,6 +173,12 @@ def _listing_of(named: list[str], manifest: str) -> pa.Table:
                 etags.append(etag)
                 sizes[place] = size_bytes
     return pa.Table.from_arrays([uris, pa.array(etags, pa.string()), pa.array(sizes)], schema=LISTING_SCHEMA)
+
+
+def _shown(name: str) -> str:
+    """What stands for a name that is not allowed: signed URLs lose their signature and stay different."""
+    clean = redact(name)
+    return name if clean == name else f"{clean}#{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _refuse_duplicates(uris: pa.Array, manifest: str) -> None:

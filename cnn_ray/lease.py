@@ -187,6 +187,20 @@ class Lease:
         return token if holder is not None and ours is not None and holder.same_as(ours) else None
 
 
+def living_holder(store: Store) -> Holder | None:
+    """Who works on the partition as its lease says now, None where nobody does.
+
+    One look: a holder elsewhere whose lease has just expired counts as gone here, and is watched by who takes it over.
+    """
+    try:
+        holder = _parse(store.get(LEASE))
+    except NotFoundError:
+        return None
+    if holder is None or holder.released or holder.died_here():
+        return None
+    return holder if holder.expiry_is_plausible(time.time()) else None
+
+
 def _parse(raw: bytes) -> Holder | None:
     try:
         return Holder.model_validate_json(raw)

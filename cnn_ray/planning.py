@@ -111,7 +111,7 @@ def _refuse_output_in_input(input_uri: str, output_uri: str) -> None:
 def _listing(config: ScoreConfig) -> Iterator[pa.Table]:
     uri = fill_date(config.input_uri, config.date)
     found = False
-    for table in list_inputs(uri, config.uri_column):
+    for table in list_inputs(uri, config.uri_column, config.allow_uris):
         found = found or table.num_rows > 0
         yield table
     if not found:
@@ -122,7 +122,7 @@ def _next_plan(
     job: ScoreJob, manifest: Manifest, write_page: Callable[[str, bytes], object], *, retry: bool
 ) -> tuple[Plan | None, bool, Changes]:
     config = job.config
-    listing = list_inputs(fill_date(config.input_uri, config.date), config.uri_column)
+    listing = list_inputs(fill_date(config.input_uri, config.date), config.uri_column, config.allow_uris)
     try:
         plan, changes = next_plan(job.partition, manifest, listing, write_page, accept=config.accept, retry=retry)
     except NotFoundError:  # the input may be gone; the results are still there

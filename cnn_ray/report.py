@@ -28,6 +28,7 @@ from cnn_ray.manifests import Manifest
 from cnn_ray.outputs import Partition
 from cnn_ray.partitions import fill_date, partition_uri
 from cnn_ray.records import RowFailure
+from cnn_ray.redaction import redact
 from cnn_ray.report_page import ReportData, build_report
 from cnn_ray.storage import Store, open_store, split_uri
 from cnn_ray.tallies import TopRow
@@ -86,7 +87,7 @@ def write_report(
         page = build_report(
             ReportData(
                 night=night,
-                partition_uri=partition.uri,
+                partition_uri=redact(partition.uri),
                 date=None if config.date is None else config.date.isoformat(),
                 positive_label=artifact.positive_label,
                 threshold=artifact.threshold,

@@ -30,6 +30,7 @@ from cnn_ray.plan import Plan, Shard, refuse_other_settings, shards_of
 from cnn_ray.planning import ScoreJob, job_of, owed_by
 from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_runner import run_ray
+from cnn_ray.redaction import redacted
 from cnn_ray.runners import run_local
 from cnn_ray.stages import StageContext, positive_index
 from cnn_ray.storage import open_store, split_uri
@@ -330,7 +331,7 @@ def _manifest(
         engine=plan.frozen.engine,
         precision=plan.frozen.precision,
         runner="ray" if wants_ray(config) else "local",
-        config=config.model_dump(mode="json"),
+        config=redacted(config.model_dump(mode="json")),
         libraries={"cnn_ray": cnn_ray.__version__, "pyarrow": pa.__version__, "pillow": installed("pillow")},
         started_at=attempt.started_at,
         finished_at=finished_at,

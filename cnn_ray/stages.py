@@ -257,7 +257,7 @@ def _fetch(context: StageContext, uri: str, etag: str) -> bytes | RowFailure:
 _FROZEN_FAILURES = {
     ABSENT: RowFailure(QuarantineCode.NOT_FOUND, "it was not there when the run was planned"),
     DENIED: RowFailure(QuarantineCode.ACCESS_DENIED, "the credentials of the run may not read it"),
-    NOT_ALLOWED: RowFailure(QuarantineCode.URI_NOT_ALLOWED, "a manifest names s3:// objects or files below its folder"),
+    NOT_ALLOWED: RowFailure(QuarantineCode.URI_NOT_ALLOWED, "outside of what a manifest may name (--allow-uris)"),
 }
 
 

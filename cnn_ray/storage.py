@@ -133,6 +133,13 @@ class LocalStore(Store):
         except NotFoundError:
             return []
 
+    def newest_s(self, prefix: str = "") -> float | None:
+        """See `Store.newest_s`."""
+        try:
+            return max((int(etag.partition("-")[0]) for _, etag, _ in self._rows(prefix)), default=0) / 1e9 or None
+        except NotFoundError:
+            return None
+
     def _path(self, key: str) -> Path:
         parts = check_key(key).split("/")
         if any(part in ("", ".") for part in parts):  # Path would drop these: two keys for one file
@@ -227,6 +234,12 @@ class LocalStore(Store):
         target_path = self._path(key)
         with _explained(str(path)), path.open("rb") as source, _explained(self.uri_of(key)):
             write_whole(target_path, lambda target: shutil.copyfileobj(source, target, COPY_BYTES))
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`. Folders stay, also empty ones."""
+        path = self._path(key)
+        with _explained(self.uri_of(key)):
+            path.unlink(missing_ok=True)
 
     def check_writable(self) -> None:
         """See `Store.check_writable`. Creates the folder; the probe file never has a name where Linux allows that."""

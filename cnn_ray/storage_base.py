@@ -76,6 +76,13 @@ class Store(ABC):
         """Sorted keys that begin with `prefix`, relative to the root; [] where the local folder is missing."""
 
     @abstractmethod
+    def newest_s(self, prefix: str = "") -> float | None:
+        """When the newest object whose key begins with `prefix` was written, in seconds since 1970; None without any.
+
+        Lists everything, page after page: for a million objects on S3 that is a thousand requests.
+        """
+
+    @abstractmethod
     def get(self, key: str, *, if_match: str | None = None, max_bytes: int | None = None) -> bytes:
         """The object's bytes, of exactly the version that `if_match` names.
 
@@ -123,6 +130,10 @@ class Store(ABC):
     @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
         """The object holds the bytes of the file at `path`."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """The object is gone; one that was not there is no error. Only probes and the retention ask for this."""
 
     @abstractmethod
     def check_writable(self) -> None:

@@ -35,6 +35,7 @@ CONNECTIONS = 64
 QUICK_TRIES = 8
 CREDENTIALS_TTL = timedelta(minutes=5)
 
+_MODIFIED = re.compile(rb"<LastModified>([0-9T:.+Z-]+)</LastModified>")
 _URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^\0]*))?", re.IGNORECASE)
 
 
@@ -107,6 +108,22 @@ class S3Store(Store):
             if page.token is None:
                 return keys
             arguments = {"Prefix": arguments["Prefix"], "ContinuationToken": page.token}
+
+    def newest_s(self, prefix: str = "") -> float | None:
+        """See `Store.newest_s`. Folder markers count: they are written with the folder.
+
+        Raises:
+            NotFoundError: the bucket does not exist.
+        """
+        arguments = {"Prefix": self._listed(prefix)}
+        newest = b""
+        while True:
+            body = self._ask("list_objects_v2", self.uri, **arguments)["Page"]
+            newest = max([newest, *_MODIFIED.findall(body)])
+            token = parse_page(body, self._root).token
+            if token is None:
+                return datetime.fromisoformat(newest.decode()).timestamp() if newest else None
+            arguments["ContinuationToken"] = token
 
     @property
     def _root(self) -> str:
@@ -240,6 +257,27 @@ class S3Store(Store):
                 self._once("put_object", Key=self._name(key), Body=file)
 
         attempts(send, self.uri_of(key))
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`. In a bucket with versions the object gets a delete marker."""
+        self._ask("delete_object", self.uri_of(key), Key=self._name(key))
+
+    def server_date(self) -> str | None:
+        """The server's clock as its answer's Date header says it, also where it refuses ours; None if it says none.
+
+        Raises:
+            StorageError: there is no answer.
+        """
+        from botocore.exceptions import ClientError
+
+        def ask(_: int) -> dict[str, Any]:
+            try:
+                return self._once("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+            except ClientError as error:
+                said: Any = error
+                return said.response
+
+        return attempts(ask, self.uri)["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
 
     def check_writable(self) -> None:
         """See `Store.check_writable`. Lists one key: the permission of HeadBucket, but refusals come with a reason."""

@@ -6,7 +6,6 @@ and the weights are at hand, and the driver saves 5 s of imports.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
@@ -25,6 +24,7 @@ from cnn_ray.dataset import LabelledSet, share_of_rank
 from cnn_ray.errors import CnnRayError, DataError
 from cnn_ray.guards import Finding, check_model, raise_errors
 from cnn_ray.losses import class_weights, image_losses
+from cnn_ray.redaction import redacted
 from cnn_ray.storage import open_store
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ def _publish(
         validation_pixels=pixels[readable],
         validation_labels=validation.label_ids[: len(pixels)][readable],
         training={
-            "config": json.loads(config.model_dump_json()),
+            "config": redacted(config.model_dump(mode="json")),
             "data_digest": labelled.digest(),
             "images": {split: len(labelled.rows(split)) for split in ("train", "validation", "test")},
             "metrics": last,

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from cnn_ray import cli, errors
-from cnn_ray.config import CompareConfig, ScoreConfig, TrainConfig, build_config, load_yaml
+from cnn_ray.config import CompareConfig, NightlyConfig, ScoreConfig, TrainConfig, build_config, load_yaml
 from cnn_ray.records import QuarantineCode
 
 ROOT = Path(__file__).parent.parent
@@ -56,9 +56,11 @@ def test_constraints_pin_every_dependency_and_name_no_host():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.name)
 def test_example_configurations_load(path):
-    if path.name == "serve.yaml":
-        return  # tests/contract/test_cluster_yaml.py loads it with Ray's own schema
-    kind = {"score": ScoreConfig, "compare": CompareConfig}.get(re.split(r"[_.]", path.name)[0], TrainConfig)
+    if path.name == "serve.yaml" or path.name.startswith("kubernetes_"):
+        return  # tests/unit/test_doctor_yaml.py, test_schedule.py and tests/contract/test_ray_kubernetes.py load them
+    kind = {"score": ScoreConfig, "compare": CompareConfig, "nightly": NightlyConfig}.get(
+        re.split(r"[_.]", path.name)[0], TrainConfig
+    )
     flags = {"date": "2026-11-23"} if kind is ScoreConfig else {}
     config = build_config(kind, load_yaml(path), flags, source=path.name)
     if isinstance(config, CompareConfig):

@@ -9,9 +9,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,18 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return open_store(request.getfixturevalue("s3_uri"))
     (tmp_path / "root").mkdir()
     return open_store(str(tmp_path / "root"))
+
+
+def test_when_the_newest_object_was_written(store: Store) -> None:
+    assert store.newest_s() is None
+    before_s = time.time()
+    store.put("a/old", b"x")
+    store.put("b/new", b"x")
+    newest_s, older_s = store.newest_s(), store.newest_s("a/")
+    assert newest_s is not None
+    assert older_s is not None
+    assert before_s - 2 < older_s <= newest_s < time.time() + 2  # S3 tells whole seconds
+    assert store.newest_s("c/") is None
 
 
 def test_put_get_head_exists(store: Store) -> None:
@@ -175,6 +190,21 @@ def test_pickle_after_use(store: Store) -> None:
 def test_check_writable_leaves_nothing(store: Store) -> None:
     store.check_writable()
     assert store.keys() == []
+
+
+def test_delete_is_done_once_and_stays_below_the_root(store: Store) -> None:
+    store.put("a/b", b"x")
+    store.delete("a/b")
+    assert not store.exists("a/b")
+    store.delete("a/b")
+    with pytest.raises(errors.ConfigError):
+        store.delete("../b")
+
+
+def test_s3_server_date_is_that_of_the_answer(s3_uri: str) -> None:
+    said = S3Store(s3_uri).server_date()
+    assert said is not None
+    assert abs((parsedate_to_datetime(said) - datetime.now(UTC)).total_seconds()) < 60
 
 
 def test_locations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,13 +3,13 @@ import yaml
 from click.testing import CliRunner
 
 from cnn_ray.cli import commands
-from cnn_ray.config import Config, ScoreConfig, ServeConfig, TrainConfig, build_config, load_yaml
+from cnn_ray.config import Config, NightlyConfig, ScoreConfig, ServeConfig, TrainConfig, build_config, load_yaml
 from cnn_ray.errors import ConfigError
 
 SCORE = {"input_uri": "in", "output_uri": "out", "model": "phishing@3"}
 
 
-@pytest.mark.parametrize("kind", [ScoreConfig, TrainConfig, ServeConfig])
+@pytest.mark.parametrize("kind", [ScoreConfig, TrainConfig, ServeConfig, NightlyConfig])
 def test_every_field_is_documented(kind):
     def check(config: type[Config]) -> None:
         for name, field in config.model_fields.items():

@@ -4,6 +4,7 @@ import pytest
 
 from cnn_ray import inputs
 from cnn_ray.errors import DataError
+from cnn_ray.storage import open_store
 
 
 def manifest(folder, names):
@@ -28,3 +29,14 @@ def test_rows_keep_their_own_etag_size_and_columns(tmp_path, monkeypatch):
 def test_two_names_of_one_object_are_refused(tmp_path):
     with pytest.raises(DataError, match=f"{tmp_path}/b twice"):
         list(inputs.list_inputs(manifest(tmp_path, ["a", "b", "c", "./b", "a/../a2"]), "uri"))
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_what_says_that_a_folder_is_complete_is_no_image(tmp_path, place, request):
+    uri = str(tmp_path) if place == "local" else request.getfixturevalue("s3_uri")
+    store = open_store(uri)
+    images = {"_hash-that-begins-so": b"x", "a.png": b"", "b_SUCCESS": b"x", "c/_d.png": b"x"}
+    for name, data in {**images, "_SUCCESS": b"{}", "c/_SUCCESS": b"", "_DONE": b"", "c/_started_1": b""}.items():
+        store.put(name, data)
+    listed = [uri for table in inputs.list_inputs(uri, "uri") for uri in table["uri"].to_pylist()]
+    assert listed == sorted(store.uri_of(name) for name in images)

@@ -1,0 +1,52 @@
+"""Whether the screenshots of a date are complete, as far as their storage can tell."""
+
+from __future__ import annotations
+
+from datetime import date as Date
+from datetime import datetime
+
+from cnn_ray.config import NightlyConfig
+from cnn_ray.errors import NotFoundError
+from cnn_ray.inputs import is_manifest, list_inputs
+from cnn_ray.partitions import fill_date
+from cnn_ray.storage import open_store, split_uri
+
+
+def why_not_ready(config: NightlyConfig, date: Date, now: datetime) -> str | None:
+    """Why the screenshots of the date may be incomplete, None where they can be scored.
+
+    Raises:
+        StorageError: storage refused. A folder that is not there yet is no such case; a bucket that is not there is.
+    """
+    uri = fill_date(config.score.input_uri, date)
+    folder, name = split_uri(uri) if is_manifest(uri) else (uri, "")
+    store, marker = open_store(folder), config.wait_for_marker
+    if marker is not None and not store.exists(marker):
+        return f"waits for {store.uri_of(marker)}"
+    if name and not store.exists(name):
+        return f"waits for {uri}"
+    if marker is None and is_empty(config, date):
+        return f"waits for the first screenshot in {uri}"
+    if config.min_age_s > 0:
+        newest_s = store.newest_s(name)
+        age_s = config.min_age_s if newest_s is None else now.timestamp() - newest_s
+        if age_s < config.min_age_s:
+            return f"waits until the newest object in {uri} is {config.min_age_s:g} s old; it is {age_s:.0f} s"
+    return None
+
+
+def is_empty(config: NightlyConfig, date: Date) -> bool:
+    """Whether the input of the date holds no screenshot; a manifest input is looked into by the run itself.
+
+    Raises:
+        StorageError: storage refused, or the bucket does not exist.
+    """
+    uri = fill_date(config.score.input_uri, date)
+    if is_manifest(uri):
+        return False
+    try:
+        return not any(table.num_rows for table in list_inputs(uri, config.score.uri_column))
+    except NotFoundError:
+        if uri.startswith("s3://"):  # the bucket: waiting does not bring that
+            raise
+        return True
