@@ -49,6 +49,8 @@ RAY_VARIABLES = {
     # One event loop per replica instead of two, and no handing of each message from one to the other.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # The proxy talks gRPC to the replicas, which is lighter than calls of Ray's actors.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 """Variables of the environment that a Ray which is started for serving gets."""
 
