@@ -9,6 +9,7 @@ works does no harm: the lease of each partition lets one run work on a date.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -50,6 +51,7 @@ from cnn_ray.webhook import post_json
 
 POLL_S = 30.0
 """How often dates that are not ready are looked at again."""
+BUG = 1
 TRY_AGAIN = 75
 QUARANTINE_LIMIT = QuarantineLimitError.exit_code
 
@@ -251,6 +253,11 @@ class _Night:
                 self._stopped = "left to the next call: storage or workers were away"
             state: State = "running" if isinstance(error, BusyError) else "owed" if error.retryable else "failed"
             return DateResult(date, state, str(error), TRY_AGAIN if error.retryable else error.exit_code, self.version)
+        except Exception as error:  # one date's bug must not cost the nights after it
+            if os.environ.get("CNN_RAY_DEBUG"):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            return DateResult(date, "failed", f"a bug: {type(error).__name__}: {reason}", BUG, self.version)
         drift = () if result.already_done else _drift(settings, result)
         return DateResult(date, "done", told_of(result.manifest), 0, self.version, drift)
 
