@@ -116,7 +116,7 @@ def run_nightly(
 
     Raises:
         ArtifactError, ConfigError: there is no such model.
-        StorageError: storage refused before any date was looked at.
+        StorageError: storage does not tell what the dates owe.
     """
     clock = clock or Clock()
     started = clock.now()
@@ -181,10 +181,10 @@ class _Night:
         state = self._unsettled(date)
         if state is None:
             return self.results[date].state != "running"
-        reason = None if state.is_open else why_not_ready(self.config, date, self.clock.now())
         if self._stopped or self._tried >= self.config.max_dates:
             self._keep_owed(date, self._stopped or f"left to the next call (max_dates {self.config.max_dates})")
             return True
+        reason = None if state.is_open else why_not_ready(self.config, date, self.clock.now())
         if reason is not None:
             self._keep_owed(date, reason)
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
@@ -375,3 +376,17 @@ def test_storage_that_is_away_ends_the_call_early(tmp_path, make, monkeypatch):
     result = nightly.run_nightly(make(), TODAY)
     assert (result.exit_code, {r.state for r in result.dates}) == (75, {"owed"})
     assert [r.detail.partition(":")[0] for r in result.dates[1:]] == ["left to the next call"] * 2
+
+
+def test_the_calendar_believes_partitions_more_than_records(tmp_path, make):
+    images(tmp_path, D23, 3, bad=3)
+    images(tmp_path, D24)
+    config = make(look_back_days=2)
+    assert nightly.run_nightly(config, TODAY).exit_code == 4
+    for day in (D23, D24):
+        shutil.rmtree(partition(tmp_path, day))
+    assert [(s.state, s.detail) for s in calendar(config, TODAY)] == [("owed", "no run yet")] * 2
+    busy = nightly_status.DateRecord(state="running", detail="x", exit_code=75, version=1, at="")
+    known = {D24.isoformat(): busy}
+    nightly_status.record(f"{tmp_path}/out", "small", lambda model: model.model_copy(update={"dates": known}))
+    assert [s.state for s in calendar(config, TODAY)] == ["owed", "owed"]
