@@ -72,7 +72,7 @@ class ScoreConfig(ModelConfig):
     """Column of a manifest input that holds the image locations."""
     allow_uris: tuple[str, ...] = ()
     """Locations (s3://bucket, s3://bucket/prefix, /folder) that a manifest may name besides its own folder. Without
-    any, one in S3 may name its own bucket, a local one whatever this run can read; never http. Else: uri_not_allowed."""
+    any one in S3 may name its own bucket, a local one whatever this run can read; never http. Else: uri_not_allowed."""
     runner: Literal["auto", "local", "ray"] = "auto"
     """local (this process), ray (a cluster, or a local Ray), or auto: ray when RAY_ADDRESS is set."""
     limit: PositiveInt | None = None

@@ -9,6 +9,7 @@ works does no harm: the lease of each partition lets one run work on a date.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -50,6 +51,7 @@ from cnn_ray.webhook import post_json
 
 POLL_S = 30.0
 """How often dates that are not ready are looked at again."""
+BUG = 1
 TRY_AGAIN = 75
 QUARANTINE_LIMIT = QuarantineLimitError.exit_code
 
@@ -114,7 +116,7 @@ def run_nightly(
 
     Raises:
         ArtifactError, ConfigError: there is no such model.
-        StorageError: storage refused before any date was looked at.
+        StorageError: storage does not tell what the dates owe.
     """
     clock = clock or Clock()
     started = clock.now()
@@ -179,10 +181,10 @@ class _Night:
         state = self._unsettled(date)
         if state is None:
             return self.results[date].state != "running"
-        reason = None if state.is_open else why_not_ready(self.config, date, self.clock.now())
         if self._stopped or self._tried >= self.config.max_dates:
             self._keep_owed(date, self._stopped or f"left to the next call (max_dates {self.config.max_dates})")
             return True
+        reason = None if state.is_open else why_not_ready(self.config, date, self.clock.now())
         if reason is not None:
             self._keep_owed(date, reason)
             return False
@@ -251,6 +253,11 @@ class _Night:
                 self._stopped = "left to the next call: storage or workers were away"
             state: State = "running" if isinstance(error, BusyError) else "owed" if error.retryable else "failed"
             return DateResult(date, state, str(error), TRY_AGAIN if error.retryable else error.exit_code, self.version)
+        except Exception as error:  # one date's bug must not cost the nights after it
+            if os.environ.get("CNN_RAY_DEBUG"):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            return DateResult(date, "failed", f"a bug: {type(error).__name__}: {reason}", BUG, self.version)
         drift = () if result.already_done else _drift(settings, result)
         return DateResult(date, "done", told_of(result.manifest), 0, self.version, drift)
 

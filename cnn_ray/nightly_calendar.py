@@ -8,7 +8,7 @@ from datetime import datetime
 
 from cnn_ray.artifact import load_artifact
 from cnn_ray.config import NightlyConfig
-from cnn_ray.errors import PlanError
+from cnn_ray.errors import PlanError, QuarantineLimitError
 from cnn_ray.nightly_status import NO_SCREENSHOTS, DateRecord, DateState, ModelRecord, read_status, state_of
 from cnn_ray.partitions import look_back
 from cnn_ray.readiness import why_not_ready
@@ -57,6 +57,8 @@ def _with_word(state: DateState, known: DateRecord | None) -> DateState:
     """The state; where it owes a run, with the word that the last attempt left."""
     if state.state != "owed" or known is None:
         return state
-    if known.state == "done":  # of an empty date no partition can tell; any other one was removed by hand since
-        return replace(state, state="done", detail=known.detail) if known.detail == NO_SCREENSHOTS else state
+    if known.detail == NO_SCREENSHOTS:
+        return replace(state, state="done", detail=known.detail)
+    if known.state in ("done", "running") or known.exit_code == QuarantineLimitError.exit_code:
+        return state  # the partition would tell: somebody has removed it, or given up, since
     return replace(state, state=known.state, detail=known.detail)

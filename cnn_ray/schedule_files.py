@@ -134,12 +134,15 @@ def cron_block(schedule: Schedule) -> str:
     hour, minute = schedule.clock
     hours = ",".join(str((hour + later) % 24) for later in range(CRON_HOURS))
     flock = ["flock", "-n", "-E", "75", str(schedule.config), *schedule.command]
-    line = f"cd {shlex.quote(str(schedule.folder))} && exec {shlex.join(flock)}".replace("%", "\\%")
+    settings = f'"$HOME"/.config/cnn-ray/{schedule.name}.env'
+    source = f"set -a; [ ! -f {settings} ] || . {settings}; set +a"
+    line = f"{source}; cd {shlex.quote(str(schedule.folder))} && exec {shlex.join(flock)}".replace("%", "\\%")
     begin, end = cron_marks(schedule.name)
     return f"""\
 {begin}
 # Hours are those of the machine's zone; cronie follows CRON_TZ, other crons do not, and nothing depends on the hour:
-# the dates are UTC. Each further hour tries again what is still owed (75) and does nothing otherwise.
+# the dates are UTC. Each further hour tries again what is still owed (75) and does nothing otherwise. Credentials and
+# RAY_ADDRESS, one NAME=VALUE a line, mode 0600, are read from ~/.config/cnn-ray/{schedule.name}.env.
 CRON_TZ=UTC
 {minute} {hours} * * * {line}
 {end}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import time
@@ -74,6 +75,8 @@ class JobServer:
         """
         from ray.job_submission import JobSubmissionClient
 
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they tell each package that they upload
         with _explained(address or "the job server"), _address_alone(address):
             self._client = JobSubmissionClient(address)
         self.address: str = self._client.get_address()

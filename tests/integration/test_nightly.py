@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
@@ -15,7 +16,7 @@ from factories import publish_small_artifact, write_images
 from cnn_ray import nightly, nightly_status, outputs
 from cnn_ray.artifact import set_alias
 from cnn_ray.config import NightlyConfig
-from cnn_ray.errors import NotFoundError
+from cnn_ray.errors import NotFoundError, UnavailableError
 from cnn_ray.lease import Lease
 from cnn_ray.nightly_calendar import calendar, foresee
 from cnn_ray.readiness import is_empty, why_not_ready
@@ -346,3 +347,46 @@ def test_a_call_waits_for_the_one_that_works_and_finds_it_done(tmp_path, make):
     with held:
         result = nightly.run_nightly(make(look_back_days=1, wait_timeout_s=100), clock=clock)
     assert (result.exit_code, clock.slept) == (0, [nightly.POLL_S])
+
+
+def test_a_bug_in_one_date_is_1_and_the_others_go_on(tmp_path, make, monkeypatch):
+    for day in (D23, D24):
+        images(tmp_path, day)
+    real = nightly.run_score
+
+    def buggy(config, *rest):
+        if config.date == D23:
+            raise ZeroDivisionError("x")
+        return real(config, *rest)
+
+    monkeypatch.setattr(nightly, "run_score", buggy)
+    result = nightly.run_nightly(make(look_back_days=2), TODAY)
+    assert (result.exit_code, ends(result)) == (1, {"11-23": ("failed", 1), "11-24": ("done", 0)})
+    assert result.dates[0].detail == "a bug: ZeroDivisionError: x"
+
+
+def test_storage_that_is_away_ends_the_call_early(tmp_path, make, monkeypatch):
+    for day in (D22, D23, D24):
+        images(tmp_path, day)
+
+    def away(config, *_):
+        raise UnavailableError("Expected an answer. Received: none. Next: try again later.")
+
+    monkeypatch.setattr(nightly, "run_score", away)
+    result = nightly.run_nightly(make(), TODAY)
+    assert (result.exit_code, {r.state for r in result.dates}) == (75, {"owed"})
+    assert [r.detail.partition(":")[0] for r in result.dates[1:]] == ["left to the next call"] * 2
+
+
+def test_the_calendar_believes_partitions_more_than_records(tmp_path, make):
+    images(tmp_path, D23, 3, bad=3)
+    images(tmp_path, D24)
+    config = make(look_back_days=2)
+    assert nightly.run_nightly(config, TODAY).exit_code == 4
+    for day in (D23, D24):
+        shutil.rmtree(partition(tmp_path, day))
+    assert [(s.state, s.detail) for s in calendar(config, TODAY)] == [("owed", "no run yet")] * 2
+    busy = nightly_status.DateRecord(state="running", detail="x", exit_code=75, version=1, at="")
+    known = {D24.isoformat(): busy}
+    nightly_status.record(f"{tmp_path}/out", "small", lambda model: model.model_copy(update={"dates": known}))
+    assert [s.state for s in calendar(config, TODAY)] == ["owed", "owed"]

@@ -118,11 +118,12 @@ def test_an_output_on_s3_needs_no_writable_path(tmp_path, config):
 
 
 def test_the_cron_line_runs_as_cron_runs_it(tmp_path, config, monkeypatch):
-    """cron hands the line to sh, `\\%` being `%`: the command in it gets exactly its arguments, under the lock."""
+    """cron hands the line to sh, `\\%` being `%`: the command gets its arguments and credentials, under the lock."""
     seen = tmp_path / "seen"
     python = tmp_path / "my python"
     python.write_text(
         f'#!/bin/sh\npwd > "{seen}"\nprintf "%s\\n" "$@" >> "{seen}"\nflock -n "$5" true || echo locked >> "{seen}"\n'
+        f'echo "$RAY_ADDRESS" >> "{seen}"\n'
     )
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
@@ -132,14 +133,19 @@ def test_the_cron_line_runs_as_cron_runs_it(tmp_path, config, monkeypatch):
     assert fields[:5] == ["5", "23,0,1,2,3,4", "*", "*", "*"]
     command = fields[5].replace("\\%", "%")
     assert "%" not in fields[5].replace("\\%", "")
-    subprocess.run(["sh", "-c", command], check=True)
-    said = ["-m", "cnn_ray.cli", "nightly", "--config", str(config), "locked"]
-    assert seen.read_text().splitlines() == [str(config.parent), *said]
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run(["sh", "-c", command], check=True, env=environment)
+    said = [str(config.parent), "-m", "cnn_ray.cli", "nightly", "--config", str(config), "locked"]
+    assert seen.read_text().splitlines() == [*said, ""]
+    (tmp_path / ".config/cnn-ray").mkdir(parents=True)
+    (tmp_path / ".config/cnn-ray/nights.env").write_text("RAY_ADDRESS=10.0.0.1:6379\n")
+    subprocess.run(["sh", "-c", command], check=True, env=environment)
+    assert seen.read_text().splitlines() == [*said, "10.0.0.1:6379"]
     with config.open() as held:
         import fcntl
 
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert subprocess.run(["sh", "-c", command], check=False).returncode == 75
+        assert subprocess.run(["sh", "-c", command], check=False, env=environment).returncode == 75
 
 
 def test_nothing_is_changed_by_printing(capsys, tmp_path, config, tools):
