@@ -62,9 +62,10 @@ def previous_night(output_uri: str, date: Date | None, model: str, version: int)
     """
     if date is None:
         return None
+    output = open_store(output_uri)
     for back in range(1, LOOK_BACK_DAYS + 1):
         day = date - timedelta(days=back)
-        for other in _versions(output_uri, day, model, version):
+        for other in _versions(output, day, model, version):
             manifest = _complete_manifest(Partition(partition_uri(output_uri, day, model, other)))
             if manifest is not None:
                 return EarlierNight(day, manifest)
@@ -106,10 +107,10 @@ def write_report(
     return True
 
 
-def _versions(output_uri: str, day: Date, model: str, version: int) -> list[int]:
+def _versions(output: Store, day: Date, model: str, version: int) -> list[int]:
     """Versions that left something for that day: the same one first, then from the newest down."""
-    folder = open_store(split_uri(partition_uri(output_uri, day, model, version))[0])
-    names = {key.partition("/")[0].removeprefix("version=") for key in folder.keys("version=")}
+    prefix = partition_uri("", day, model, version).lstrip("/").removesuffix(str(version))
+    names = {key.removeprefix(prefix).partition("/")[0] for key in output.keys(prefix)}
     return sorted((int(name) for name in names if name.isdigit()), key=lambda found: (found != version, -found))
 
 
