@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from datetime import date as Date
 from typing import NoReturn
@@ -45,6 +45,7 @@ from cnn_ray.nightly_status import (
 )
 from cnn_ray.partitions import look_back
 from cnn_ray.readiness import is_empty, why_not_ready
+from cnn_ray.redaction import redact
 from cnn_ray.report import previous_night
 from cnn_ray.score import Progress, ScoreResult, run_score
 from cnn_ray.webhook import post_json
@@ -265,6 +266,7 @@ class _Night:
         self._keep(DateResult(date, "owed", reason, TRY_AGAIN))
 
     def _keep(self, result: DateResult) -> None:
+        result = replace(result, detail=redact(result.detail))  # it is stored, shown and sent
         if result == self.results.get(result.date):
             return
         self.results[result.date] = result

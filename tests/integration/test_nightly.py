@@ -16,7 +16,7 @@ from factories import publish_small_artifact, write_images
 from cnn_ray import nightly, nightly_status, outputs
 from cnn_ray.artifact import set_alias
 from cnn_ray.config import NightlyConfig
-from cnn_ray.errors import NotFoundError, UnavailableError
+from cnn_ray.errors import ConfigError, NotFoundError, UnavailableError
 from cnn_ray.lease import Lease
 from cnn_ray.nightly_calendar import calendar, foresee
 from cnn_ray.readiness import is_empty, why_not_ready
@@ -363,6 +363,27 @@ def test_a_bug_in_one_date_is_1_and_the_others_go_on(tmp_path, make, monkeypatch
     result = nightly.run_nightly(make(look_back_days=2), TODAY)
     assert (result.exit_code, ends(result)) == (1, {"11-23": ("failed", 1), "11-24": ("done", 0)})
     assert result.dates[0].detail == "a bug: ZeroDivisionError: x"
+
+
+def test_no_secret_of_an_error_is_stored_or_sent(tmp_path, make, monkeypatch):
+    images(tmp_path, D24)
+    key = "cnnray_" + "a" * 52
+    sent: list[dict] = []
+
+    def refuses(*arguments) -> None:
+        raise ConfigError(f"Expected nothing. Received: https://me:hunter2@store/?X-Amz-Signature=0badf00d and {key}.")
+
+    monkeypatch.setattr(nightly, "run_score", refuses)
+    monkeypatch.setattr(nightly, "post_json", lambda url, message: sent.append(message))
+    hook = {"webhook_url": "https://hooks.example.com/x", "webhook_hosts": ["hooks.example.com"]}
+    result = nightly.run_nightly(
+        make(look_back_days=1, **hook), TODAY, clock=FrozenClock(datetime(2026, 11, 25, 2, tzinfo=UTC))
+    )
+
+    kept = (tmp_path / "out" / "_nightly.json").read_text()
+    for told in (kept, json.dumps(sent), result.dates[0].detail):
+        assert "Received" in told
+        assert not any(secret in told for secret in (key, "hunter2", "0badf00d"))
 
 
 def test_storage_that_is_away_ends_the_call_early(tmp_path, make, monkeypatch):
