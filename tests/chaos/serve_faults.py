@@ -34,7 +34,7 @@ RETRYABLE = {"429", "502", "503", "504"}
 TAIL = 3.0
 """p99 of accepted requests under overload over the unloaded p99, at most."""
 OVERLOAD = 5
-ONGOING = 4
+ONGOING = 3
 """max_ongoing_requests of the overload: what is accepted waits for at most so many before it."""
 UPDATE_S = 120.0
 """The load of a rolling update lasts until the old replicas are gone, at most so long."""
