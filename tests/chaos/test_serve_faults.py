@@ -1,6 +1,6 @@
 """The short form of the endpoint's fault runs, as CI plays it: a small model, default mode, not one broken promise.
 
-The overload is not among them: how far its tail reaches is a measurement, and needs a machine that does nothing else."""
+The overload is not among them: how far its tail reaches is a measurement, for a machine that does nothing else."""
 
 import json
 import subprocess
