@@ -67,17 +67,9 @@ class UnsupportedTypeError(RequestError):
 
 
 class OverloadedError(RequestError):
-    """More requests than can be answered now; `retry_after_s` is for the Retry-After header."""
+    """More requests than can be answered now: the client may come again soon."""
 
     http_status: ClassVar[int] = 429
-    retryable: ClassVar[bool] = True
-    retry_after_s: int = 1
-
-
-class NotReadyError(RequestError):
-    """The endpoint or the model is being loaded, or goes away."""
-
-    http_status: ClassVar[int] = 503
     retryable: ClassVar[bool] = True
 
 
