@@ -21,6 +21,7 @@ Bytes in, bytes out.
     storage_ranges.py a long S3 listing in order, many ranges of names at once
     storage_s3.py     S3
     storage.py        local folders; open_store(uri)
+    stores.py         the stores of a job: one per bucket and process
     memory.py         what a process does with memory that it frees
     image_files.py    what a file is, from its first bytes
     image_bodies.py   an HTTP body that is an image, or a form with one
@@ -51,6 +52,7 @@ Models.
 Jobs.
     ray_session.py    a connected Ray: a cluster, or a local one for this job
     known_sets.py     CIFAR-10 and Oxford 102 Flowers as they are distributed
+    reader.py         uri -> bytes -> pixels or a row failure
     labelled_rows.py  uri, class name, group, split of every image, as the data say
     near_duplicates.py images that look alike
     splitting.py      which side of the split each image is on

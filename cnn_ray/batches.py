@@ -19,8 +19,9 @@ from typing import Protocol
 
 import numpy as np
 
-from cnn_ray.dataset import decode_threads, image_reader
 from cnn_ray.errors import DataError
+from cnn_ray.images import ImageCaps
+from cnn_ray.reader import LARGEST_SIDE_PX, ImageReader, read_threads, shared_decoders
 from cnn_ray.records import RowFailure
 
 log = logging.getLogger(__name__)
@@ -73,17 +74,26 @@ class DecodedPixels:
     """Images of a labelled set, decoded by threads; the first ones are kept as far as `cache_bytes` go."""
 
     def __init__(
-        self, root_uri: str, uris: list[str], size_px: tuple[int, int], *, cache_bytes: int, threads: int = 0
+        self,
+        root_uri: str,
+        uris: list[str],
+        size_px: tuple[int, int],
+        *,
+        cache_bytes: int,
+        threads: int = 0,
+        num_decoders: int = 0,
     ) -> None:
-        """Decoding of what will be kept begins at once, in the background."""
+        """Decoding of what will be kept begins at once, in the background. 0 decoders: one for each core."""
         self._uris = uris
         self._shape = (*size_px, 3)
-        self._read = image_reader(root_uri, size_px)
+        caps = ImageCaps()
+        decoders = shared_decoders((LARGEST_SIDE_PX, LARGEST_SIDE_PX), caps, num_decoders)
+        self._reader = ImageReader(root_uri, caps, decoders)
         self._failures: dict[int, RowFailure] = {}
         self._unseen = set(range(len(uris)))
         self._reported = False
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(threads or decode_threads(root_uri), "cnn_ray-decode")
+        self._pool = ThreadPoolExecutor(threads or read_threads(root_uri), "cnn_ray-decode")
         kept = min(len(uris), cache_bytes // int(np.prod(self._shape)))
         self._kept = np.zeros((kept, *self._shape), np.uint8)
         starts = range(0, kept, FILLED_AT_ONCE)
@@ -99,13 +109,11 @@ class DecodedPixels:
             self._decode(k, self._kept[k])
 
     def _decode(self, row: int, out: np.ndarray) -> None:
-        image = self._read(self._uris[row])
-        if not isinstance(image, RowFailure):
-            out[:] = image.pixels
+        answer = self._reader.read_into(self._uris[row], out)
         with self._lock:
             self._unseen.discard(row)
-            if isinstance(image, RowFailure):
-                self._failures.setdefault(row, image)
+            if isinstance(answer, RowFailure):
+                self._failures.setdefault(row, answer)
 
     @property
     def unreadable(self) -> int:

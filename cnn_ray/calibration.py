@@ -16,13 +16,13 @@ import numpy as np
 
 from cnn_ray.artifact import OPENVINO_FILES, WEIGHTS, Artifact, EngineFigures, fetch_files, load_artifact
 from cnn_ray.config import CalibrateConfig
-from cnn_ray.dataset import image_reader
 from cnn_ray.errors import ConfigError, DataError
 from cnn_ray.evaluate import predict_images, score_labelled
 from cnn_ray.images import DecodedImage, ImageCaps
 from cnn_ray.judged import LabelledScores
 from cnn_ray.metrics import Estimate, Resamples, estimate, log_loss, share
 from cnn_ray.predictor import Predictor, choose_engine, compile_openvino, freeze_tensorflow, rebuild_model
+from cnn_ray.reader import ImageReader
 
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.5, 20.0
 """Below, scores saturate at 0 and 1: what a handful of easy images asks for."""
@@ -246,8 +246,8 @@ def _predictor(
 def _pixels(config: CalibrateConfig, scored: LabelledScores) -> tuple[np.ndarray, np.ndarray]:
     """Images for the comparison of engines at export, spread over all."""
     caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
-    read = image_reader(scored.root_uri, scored.artifact.size_px, caps)
+    reader, size_px = ImageReader(scored.root_uri, caps), scored.artifact.size_px
     count = min(EXPORT_IMAGES, len(scored.uris))
     rows = np.unique(np.linspace(0, len(scored.uris) - 1, count).astype(int))
-    images = [(row, image) for row in rows if isinstance(image := read(scored.uris[row]), DecodedImage)]
+    images = [(row, image) for row in rows if isinstance(image := reader.read(scored.uris[row], size_px), DecodedImage)]
     return np.stack([image.pixels for _, image in images]), scored.truth[[row for row, _ in images]]

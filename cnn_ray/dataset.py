@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,19 +19,18 @@ import pyarrow.parquet as pq
 
 from cnn_ray import near_duplicates
 from cnn_ray.config import DataConfig
-from cnn_ray.errors import AccessDeniedError, DataError, NotFoundError, TooLargeError
-from cnn_ray.images import DecodedImage, ImageCaps, decode
-from cnn_ray.inputs import store_and_key
-from cnn_ray.known_sets import KERAS_CIFAR10, is_packed, read_packed
+from cnn_ray.errors import DataError
+from cnn_ray.images import DecodedImage
+from cnn_ray.known_sets import KERAS_CIFAR10
 from cnn_ray.labelled_rows import LabelledRows, read_rows
-from cnn_ray.records import QuarantineCode, RowFailure
+from cnn_ray.reader import ImageReader, read_threads
+from cnn_ray.records import RowFailure
 from cnn_ray.splitting import draw_validation, even_sample, join_groups
-from cnn_ray.storage import Store, open_store, split_uri
+from cnn_ray.storage import open_store
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-S3_THREADS = 32
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class LabelledSet:
     """Labelled images in the order of their uris, each on one side of the split."""
 
     root_uri: str
-    """Where the uris start: what `image_reader` opens once."""
+    """Where the uris start: what `ImageReader` opens once."""
     uris: tuple[str, ...]
     label_ids: np.ndarray
     """int32 [N], indices into `labels`"""
@@ -111,13 +108,13 @@ def look_for_twins(root_uri: str, uris: Sequence[str]) -> np.ndarray:
     Raises:
         StorageError: storage is down or the credentials are wrong.
     """
-    read_image = image_reader(root_uri, (near_duplicates.HASH_SIDE_PX, near_duplicates.HASH_SIDE_PX))
+    reader = ImageReader(root_uri)
 
     def read(uri: str) -> np.ndarray | None:
-        image = read_image(uri)
+        image = reader.read(uri, (near_duplicates.HASH_SIDE_PX, near_duplicates.HASH_SIDE_PX))
         return None if isinstance(image, RowFailure) else image.pixels
 
-    prints = near_duplicates.fingerprint(read, uris, decode_threads(root_uri))
+    prints = near_duplicates.fingerprint(read, uris, read_threads(root_uri))
     return near_duplicates.find_twins(prints)
 
 
@@ -203,35 +200,6 @@ def _given_split(rows: LabelledRows, config: DataConfig) -> np.ndarray:
     return np.array([SPLITS.index(name) for name in names], np.uint8)
 
 
-def image_reader(
-    root_uri: str, size_px: tuple[int, int], caps: ImageCaps | None = None
-) -> Callable[[str], DecodedImage | RowFailure]:
-    """A function uri -> image of the size (height, width), or why it cannot be read; for any number of threads."""
-    limits = caps or ImageCaps()
-    root = None if root_uri == KERAS_CIFAR10 or root_uri.endswith(".npz") else open_store(root_uri)
-    buckets: dict[str, Store] = {}  # a client for every image would take most of the time
-    lock = threading.Lock()
-
-    def store_of(uri: str) -> Store:
-        if root is not None and uri.startswith(root.uri + "/"):
-            return root
-        place = "/".join(uri.split("/")[:3]) if uri.startswith("s3://") else split_uri(uri)[0]
-        with lock:
-            if place not in buckets:
-                buckets[place] = open_store(place)
-            return buckets[place]
-
-    def read(uri: str) -> DecodedImage | RowFailure:
-        if is_packed(uri):
-            try:
-                return decode(read_packed(uri), size_px, limits)
-            except NotFoundError:
-                return RowFailure(QuarantineCode.NOT_FOUND, "no such image")
-        return _read_image(store_of(uri), uri, size_px, limits)
-
-    return read
-
-
 def sample_images(labelled: LabelledSet, split: str, count: int, size_px: tuple[int, int]) -> list[DecodedImage]:
     """Up to `count` readable images of one side, spread evenly over it, in the size (height, width).
 
@@ -240,28 +208,10 @@ def sample_images(labelled: LabelledSet, split: str, count: int, size_px: tuple[
     """
     rows = labelled.rows(split)
     chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))] if len(rows) else rows
-    read = image_reader(labelled.root_uri, size_px)
-    with ThreadPoolExecutor(decode_threads(labelled.root_uri)) as pool:
-        images = list(pool.map(read, [labelled.uris[row] for row in chosen]))
+    reader = ImageReader(labelled.root_uri)
+    with ThreadPoolExecutor(read_threads(labelled.root_uri)) as pool:
+        images = list(pool.map(lambda row: reader.read(labelled.uris[row], size_px), chosen))
     return [image for image in images if isinstance(image, DecodedImage)]
-
-
-def decode_threads(root_uri: str) -> int:
-    """Threads that keep this machine's cores, or an S3 bucket's, busy."""
-    return S3_THREADS if root_uri.startswith("s3://") else len(os.sched_getaffinity(0))
-
-
-def _read_image(root: Store, uri: str, size_px: tuple[int, int], caps: ImageCaps) -> DecodedImage | RowFailure:
-    store, key = store_and_key(uri, root)
-    try:
-        data = store.get(key, max_bytes=caps.max_bytes)
-    except NotFoundError:
-        return RowFailure(QuarantineCode.NOT_FOUND, "no such object")
-    except AccessDeniedError:
-        return RowFailure(QuarantineCode.ACCESS_DENIED, "access denied")
-    except TooLargeError:
-        return RowFailure(QuarantineCode.TOO_LARGE, f"more than {caps.max_bytes} bytes")
-    return decode(data, size_px, caps)
 
 
 def share_of_rank(labelled: LabelledSet, split: str, rank: int, world_size: int, batch_size: int, seed: int) -> Share:

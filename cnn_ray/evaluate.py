@@ -14,13 +14,14 @@ import numpy as np
 
 from cnn_ray.artifact import Artifact, load_artifact
 from cnn_ray.config import DataConfig, EvaluateConfig, LabelledScoresConfig
-from cnn_ray.dataset import LabelledSet, absolute_uri, decode_threads, image_reader, read_labelled_set
+from cnn_ray.dataset import LabelledSet, absolute_uri, read_labelled_set
 from cnn_ray.errors import DataError
 from cnn_ray.evaluation_page import build_page
 from cnn_ray.images import ImageCaps
 from cnn_ray.judged import EvaluationResult, LabelledScores, Mistake, Part
 from cnn_ray.metrics import Estimate, Ranked, Resamples, estimate, figures
 from cnn_ray.predictor import Predictor, load_predictor
+from cnn_ray.reader import ImageReader, read_threads
 from cnn_ray.records import RowFailure
 from cnn_ray.storage import open_store
 
@@ -149,18 +150,18 @@ def predict_images(
 
     The next portion is decoded in threads while one is predicted.
     """
-    read = image_reader(root_uri, predictor.artifact.size_px, caps)
+    reader, size_px = ImageReader(root_uri, caps), predictor.artifact.size_px
     scores: list[np.ndarray] = []
     kept: list[int] = []
     unreadable: dict[str, int] = {}
-    with ThreadPoolExecutor(decode_threads(root_uri)) as pool:
+    with ThreadPoolExecutor(read_threads(root_uri)) as pool:
         starts = range(0, len(uris), ROWS_AT_ONCE)
         portions = [uris[k : k + ROWS_AT_ONCE] for k in starts]
-        following = [pool.submit(read, uri) for uri in portions[0]] if portions else []
+        following = [pool.submit(reader.read, uri, size_px) for uri in portions[0]] if portions else []
         for number, start in enumerate(starts):
             images = [job.result() for job in following]
             if number + 1 < len(portions):
-                following = [pool.submit(read, uri) for uri in portions[number + 1]]
+                following = [pool.submit(reader.read, uri, size_px) for uri in portions[number + 1]]
             good = [k for k, image in enumerate(images) if not isinstance(image, RowFailure)]
             for image in images:
                 if isinstance(image, RowFailure):
@@ -267,10 +268,10 @@ def _thumbnails(result: EvaluationResult, scored: LabelledScores) -> dict[str, b
     """uri -> JPEG made from pixels: no byte of the file reaches the page."""
     import cv2
 
-    read = image_reader(scored.root_uri, (180, 240))
+    reader = ImageReader(scored.root_uri)
     found: dict[str, bytes] = {}
     for mistake in result.mistakes:
-        image = read(mistake.uri)
+        image = reader.read(mistake.uri, (180, 240))
         if not isinstance(image, RowFailure):
             encoded = cv2.imencode(".jpg", image.pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])[1]
             found[mistake.uri] = encoded.tobytes()

@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from cnn_ray.errors import AccessDeniedError, DataError, NotFoundError
 from cnn_ray.records import INPUT_PREFIX, LISTING_SCHEMA
 from cnn_ray.redaction import redact
-from cnn_ray.storage import Store, open_store, split_uri
+from cnn_ray.storage import open_store, split_uri
+from cnn_ray.stores import Stores
 
 SUCCESS = "_SUCCESS"
 MANIFEST_SUFFIXES = (".csv", ".parquet", ".jsonl")
@@ -130,17 +131,6 @@ def _is_below(location: str, root: str) -> bool:
     return location.startswith(root.rstrip("/") + "/")
 
 
-def store_and_key(uri: str, root: Store) -> tuple[Store, str]:
-    """Where an input lies: (store, key). Inputs below the root use it; others open their bucket, or the file system."""
-    if uri.startswith(root.uri + "/"):
-        return root, uri[len(root.uri) + 1 :]
-    if uri.startswith("s3://"):
-        bucket, _, key = uri[len("s3://") :].partition("/")
-        return open_store(f"s3://{bucket}"), key
-    folder, name = split_uri(uri)
-    return open_store(folder), name
-
-
 def _manifest_listing(uri: str, uri_column: str, allow_uris: tuple[str, ...]) -> pa.Table:
     table = read_manifest_table(uri)
     if uri_column not in table.column_names:
@@ -158,6 +148,7 @@ def _manifest_listing(uri: str, uri_column: str, allow_uris: tuple[str, ...]) ->
 def _listing_of(named: list[str], manifest: str, allow_uris: tuple[str, ...]) -> pa.Table:
     """The locations, etags and sizes of what the manifest names, in its order."""
     root = open_store(split_uri(manifest)[0])
+    stores = Stores(root)
     resolved = [
         location if location is not None and is_allowed(location, root.uri, allow_uris) else None
         for location in (resolve_uri(root.uri, name) for name in named)
@@ -169,7 +160,7 @@ def _listing_of(named: list[str], manifest: str, allow_uris: tuple[str, ...]) ->
     with ThreadPoolExecutor(HEAD_THREADS, thread_name_prefix="head") as pool:
         for start in range(0, len(resolved), HEADS_AHEAD):
             part = resolved[start : start + HEADS_AHEAD]
-            for place, (etag, size_bytes) in enumerate(pool.map(lambda location: _head(location, root), part), start):
+            for place, (etag, size_bytes) in enumerate(pool.map(lambda location: _head(location, stores), part), start):
                 etags.append(etag)
                 sizes[place] = size_bytes
     return pa.Table.from_arrays([uris, pa.array(etags, pa.string()), pa.array(sizes)], schema=LISTING_SCHEMA)
@@ -189,10 +180,10 @@ def _refuse_duplicates(uris: pa.Array, manifest: str) -> None:
         raise DataError(f"Expected each uri once in {manifest}. Received: {uri} twice. Next: remove one of the rows.")
 
 
-def _head(location: str | None, root: Store) -> tuple[str, int]:
+def _head(location: str | None, stores: Stores) -> tuple[str, int]:
     if location is None:
         return NOT_ALLOWED, 0
-    store, key = store_and_key(location, root)
+    store, key = stores.locate(location)
     try:
         info = store.head(key)
     except NotFoundError:

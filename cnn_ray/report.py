@@ -21,13 +21,14 @@ from cnn_ray.artifact import Artifact
 from cnn_ray.comparison import Night
 from cnn_ray.config import ScoreConfig
 from cnn_ray.decoders import Decoders
-from cnn_ray.errors import ChangedError, CnnRayError, NotFoundError, PlanError, UnavailableError
+from cnn_ray.errors import CnnRayError, PlanError, UnavailableError
 from cnn_ray.images import ImageCaps
-from cnn_ray.inputs import is_manifest, store_and_key
+from cnn_ray.inputs import is_manifest
 from cnn_ray.manifests import Manifest
 from cnn_ray.outputs import Partition
 from cnn_ray.partitions import fill_date, partition_uri
-from cnn_ray.records import RowFailure
+from cnn_ray.reader import ImageReader
+from cnn_ray.records import QuarantineCode, RowFailure
 from cnn_ray.redaction import redact
 from cnn_ray.report_page import ReportData, build_report
 from cnn_ray.storage import Store, open_store, split_uri
@@ -43,6 +44,10 @@ MOST_JPEG_BYTES = 20_000
 QUALITIES = (80, 60, 40, 20)
 GALLERY_S = 60.0
 """After this time the rest of the gallery stays without pictures."""
+GONE = {
+    QuarantineCode.NOT_FOUND: "it is no longer there",
+    QuarantineCode.CHANGED: "it changed after it was scored",
+}
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +148,7 @@ def _thumbnails(rows: Sequence[TopRow], config: ScoreConfig) -> Mapping[str, byt
     root = open_store(split_uri(uri)[0] if is_manifest(uri) else uri)
     caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
     decoders = Decoders((SIDE_PX, SIDE_PX), caps, 1)
+    reader = ImageReader(root.uri, caps, decoders)
     shown: dict[str, bytes | str] = {}
     end = time.monotonic() + GALLERY_S
     try:
@@ -151,14 +157,10 @@ def _thumbnails(rows: Sequence[TopRow], config: ScoreConfig) -> Mapping[str, byt
                 shown[row.uri] = "there was no time left to fetch it"
                 continue
             try:
-                shown[row.uri] = _thumbnail(row, root, decoders, caps)
+                shown[row.uri] = _thumbnail(row, reader)
             except UnavailableError:  # it was tried for long: the others would be too
                 end = 0.0
                 shown[row.uri] = "storage did not answer"
-            except NotFoundError:
-                shown[row.uri] = "it is no longer there"
-            except ChangedError:
-                shown[row.uri] = "it changed after it was scored"
             except CnnRayError as error:
                 shown[row.uri] = f"it could not be fetched ({type(error).__name__})"
     finally:
@@ -166,18 +168,16 @@ def _thumbnails(rows: Sequence[TopRow], config: ScoreConfig) -> Mapping[str, byt
     return shown
 
 
-def _thumbnail(row: TopRow, root: Store, decoders: Decoders, caps: ImageCaps) -> bytes | str:
+def _thumbnail(row: TopRow, reader: ImageReader) -> bytes | str:
     """JPEG of at most MOST_JPEG_BYTES, of the very bytes that were scored.
 
     A child process decodes to a square; shrinking that along one axis gives the picture its proportions back and loses
     nothing. The JPEG is encoded from pixels here, so no byte of the file reaches the page.
     """
-    store, key = store_and_key(row.uri, root)
-    data = store.get(key, if_match=row.etag, max_bytes=caps.max_bytes)
     pixels = np.empty((SIDE_PX, SIDE_PX, 3), np.uint8)
-    answer = decoders.decode(data, pixels)
+    answer = reader.read_into(row.uri, pixels, row.etag)
     if isinstance(answer, RowFailure):
-        return f"{answer.code}: {answer.detail}"
+        return GONE.get(answer.code) or f"{answer.code}: {answer.detail}"
     longest = max(answer)
     width, height = (max(1, round(SIDE_PX * side / longest)) for side in answer)
     picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX)

@@ -13,13 +13,13 @@ from cnn_ray.config import ScoreConfig
 from cnn_ray.manifests import PartRecord
 from cnn_ray.plan import Shard
 from cnn_ray.predictor import Predictor, load_predictor
+from cnn_ray.reader import close_decoders
 from cnn_ray.stages import (
     DecodedShard,
     StageContext,
     TimedPredictor,
     cancel_fetches,
     commit_shard,
-    end_decoders,
     fetch_decode,
     start_decoders,
 )
@@ -67,7 +67,7 @@ def run_local(context: StageContext, shards: Sequence[Shard], config: ScoreConfi
     finally:
         readers.shutdown(wait=True, cancel_futures=True)
         writer.shutdown(wait=True)
-        end_decoders()
+        close_decoders()
 
 
 def load_stage_predictor(context: StageContext, config: ScoreConfig) -> Predictor:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,23 +18,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cnn_ray.artifact import Artifact
-from cnn_ray.decoders import Decoders
-from cnn_ray.errors import AccessDeniedError, ChangedError, ConfigError, NotFoundError, TooLargeError
+from cnn_ray.errors import AccessDeniedError
 from cnn_ray.images import ImageCaps
-from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED, store_and_key
+from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED
 from cnn_ray.manifests import PartRecord
 from cnn_ray.memory import keep_freed_memory
 from cnn_ray.outputs import Partition
 from cnn_ray.plan import Plan, Shard, shard_rows
 from cnn_ray.predictor import Predictor
+from cnn_ray.reader import ImageReader, close_decoders, shared_decoders
 from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema
-from cnn_ray.storage import Store, open_store
+from cnn_ray.stores import stores_of
 
 PROBES = 16
 """Rows tried elsewhere in the plan before a wholly denied shard is taken for bad rows and not for a bad key."""
-
-FETCHED_BYTES = 256 * 1024**2
-"""Encoded bytes that may wait for a decoder in one process: many threads wait for storage, and files may be large."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
     uris = rows["uri"].to_pylist()
     height, width = context.artifact.size_px
     pixels = np.empty((len(uris), height, width, 3), np.uint8)
-    read = functools.partial(_read_image, context, _decoders(context))
+    read = functools.partial(_read_image, _reader(context))
     columns = (uris, rows["etag"].to_pylist(), rows["size_bytes"].to_pylist(), pixels)
     results = list(_fetch_pool(context.fetch_concurrency).map(read, *columns))
     failures = {k: result for k, result in enumerate(results) if isinstance(result, RowFailure)}
@@ -155,14 +149,8 @@ def _partition(uri: str) -> Partition:
     return Partition(uri)
 
 
-@functools.lru_cache(maxsize=8)
-def _store(uri: str) -> Store:
-    return open_store(uri)
-
-
 _made = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
-_decoder_pools: dict[tuple[object, ...], Decoders] = {}
 
 
 def _fetch_pool(threads: int) -> ThreadPoolExecutor:
@@ -174,84 +162,27 @@ def _fetch_pool(threads: int) -> ThreadPoolExecutor:
 
 
 def start_decoders(context: StageContext) -> None:
-    """The decoder processes of this run are starting; a process that forked has its own."""
-    _decoders(context)
+    """Start the decoder processes of this run."""
+    _reader(context)
 
 
-def _decoders(context: StageContext) -> Decoders:
-    key = (os.getpid(), context.artifact.size_px, context.caps, context.num_decoders)
-    with _made:
-        if key not in _decoder_pools:
-            _decoder_pools[key] = Decoders(context.artifact.size_px, context.caps, context.num_decoders)
-        return _decoder_pools[key]
-
-
-def end_decoders() -> None:
-    """No decoder process of this process is left."""
-    with _made:
-        mine = [key for key in _decoder_pools if key[0] == os.getpid()]
-        ended = [_decoder_pools.pop(key) for key in mine]
-    for pool in ended:
-        pool.close()
+def _reader(context: StageContext) -> ImageReader:
+    decoders = shared_decoders(context.artifact.size_px, context.caps, context.num_decoders)
+    return ImageReader(context.input_root, context.caps, decoders, stores_of(context.input_root))
 
 
 def cancel_fetches() -> None:
     """Afterwards no image waits for a thread any more; shards in flight end with CancelledError, so Ctrl-C is quick."""
     while _pools:
         _pools.popitem()[1].shutdown(wait=False, cancel_futures=True)
-    end_decoders()
-
-
-class _ByteBudget:
-    """Lets threads hold `most` bytes together, and any one of them more when it is alone."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._held = 0
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def holding(self, size: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._held == 0 or self._held + size <= self._most)
-            self._held += size
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= size
-                self._changed.notify_all()
-
-
-_fetched = _ByteBudget(FETCHED_BYTES)
+    close_decoders()
 
 
 def _read_image(
-    context: StageContext, decoders: Decoders, uri: str, etag: str, size_bytes: int, out: NDArray[np.uint8]
+    reader: ImageReader, uri: str, etag: str, size_bytes: int, out: NDArray[np.uint8]
 ) -> tuple[int, int] | RowFailure:
-    """Width and height of the image whose pixels are in `out` now, or the failure."""
-    with _fetched.holding(size_bytes):
-        data = _fetch(context, uri, etag)
-        return data if isinstance(data, RowFailure) else decoders.decode(data, out)
-
-
-def _fetch(context: StageContext, uri: str, etag: str) -> bytes | RowFailure:
-    frozen_failure = _FROZEN_FAILURES.get(etag)
-    if frozen_failure is not None:
-        return frozen_failure
-    try:
-        store, key = store_and_key(uri, _store(context.input_root))
-        return store.get(key, if_match=etag, max_bytes=context.caps.max_bytes)
-    except NotFoundError:
-        return RowFailure(QuarantineCode.NOT_FOUND, "it was there when the run was planned")
-    except ChangedError:
-        return RowFailure(QuarantineCode.CHANGED, "it changed after the run was planned")
-    except AccessDeniedError:
-        return RowFailure(QuarantineCode.ACCESS_DENIED, "the credentials of the run may not read it")
-    except ConfigError:  # S3 may list keys such as `a/../b`, which a folder cannot hold
-        return RowFailure(QuarantineCode.URI_NOT_ALLOWED, "a location that steps out of its folder")
-    except TooLargeError:
-        return RowFailure(QuarantineCode.TOO_LARGE, f"more than {context.caps.max_bytes} bytes")
+    """Decode the image into `out` and return the original's width and height, or the failure."""
+    return _FROZEN_FAILURES.get(etag) or reader.read_into(uri, out, etag, size_bytes)
 
 
 _FROZEN_FAILURES = {
@@ -267,11 +198,12 @@ def _refuse_if_all_denied(context: StageContext) -> None:
     Raises:
         AccessDeniedError: none can: these are no bad rows but credentials without the right to read the input.
     """
-    pages = context.plan.pages
+    reader, pages = _reader(context), context.plan.pages
     for page in pages[:: max(len(pages) // PROBES, 1)]:
         for index in range(page.first_shard, page.first_shard + page.shards, max(page.shards // PROBES, 1)):
             rows = planned_rows(context, Shard(context.plan.generation, index, page.name)).slice(0, 1).to_pylist()
-            result = _fetch(context, rows[0]["uri"], rows[0]["etag"])
+            uri, etag = rows[0]["uri"], rows[0]["etag"]
+            result = _FROZEN_FAILURES.get(etag) or reader.fetch(uri, etag)
             if not isinstance(result, RowFailure) or result.code != QuarantineCode.ACCESS_DENIED:
                 return
     raise AccessDeniedError(

@@ -89,7 +89,7 @@ def _train_and_publish(job: TrainJob) -> WorkerOutcome | None:
 
     context = ray.train.get_context()
     # Images are decoded while TensorFlow is imported: 5 s that would be waited twice otherwise.
-    data = _Data.begin(job, context.get_world_rank(), context.get_world_size())
+    data = _Data.begin(job, context.get_world_rank(), context.get_world_size(), context.get_local_world_size())
     try:
         world = _join_world(job.config, context.get_local_world_size())
         model, told = _agree_on_model(job, world, data)
@@ -107,18 +107,21 @@ class _Data:
     batches: dict[str, Batches] = field(repr=False)
 
     @staticmethod
-    def begin(job: TrainJob, rank: int, ranks: int) -> _Data:
+    def begin(job: TrainJob, rank: int, ranks: int, ranks_here: int) -> _Data:
         from cnn_ray.model import input_size_px
 
         config, labelled = job.config, job.labelled
         size_px = input_size_px(config.model)
+        num_decoders = max(1, len(os.sched_getaffinity(0)) // ranks_here)  # the workers of a machine share its cores
         sources: dict[str, DecodedPixels] = {}
         batches: dict[str, Batches] = {}
         rest = config.cache_bytes
         for split in ("train", "validation"):
             share = share_of_rank(labelled, split, rank, ranks, config.batch_size, config.seed)
             uris = [labelled.uris[row] for row in share.rows]
-            sources[split] = DecodedPixels(labelled.root_uri, uris, size_px, cache_bytes=rest)
+            sources[split] = DecodedPixels(
+                labelled.root_uri, uris, size_px, cache_bytes=rest, num_decoders=num_decoders
+            )
             rest -= min(rest, len(uris) * size_px[0] * size_px[1] * 3)
             batches[split] = make_batches(
                 sources[split], labelled.label_ids[share.rows], share.strata, config.batch_size, ranks

@@ -14,8 +14,8 @@ from PIL import Image
 
 from cnn_ray.artifact import Artifact
 from cnn_ray.config import ModelDefinition
-from cnn_ray.dataset import image_reader
 from cnn_ray.images import DecodedImage
+from cnn_ray.reader import ImageReader
 from cnn_ray.records import RowFailure
 
 LABELS = ("legitimate", "phishing")
@@ -108,8 +108,8 @@ def write_packed_cifar10(path: Path, train: int, test: int) -> Path:
 
 def load_pixels(root_uri: str, uris: Sequence[str], size_px: tuple[int, int]) -> SimpleNamespace:
     """The images that can be read: pixels uint8 [K, H, W, 3], kept (their positions), failures (code -> count)."""
-    read = image_reader(root_uri, size_px)
-    images = [read(uri) for uri in uris]
+    reader = ImageReader(root_uri)
+    images = [reader.read(uri, size_px) for uri in uris]
     kept = [k for k, image in enumerate(images) if isinstance(image, DecodedImage)]
     pixels = np.stack([images[k].pixels for k in kept]) if kept else np.zeros((0, *size_px, 3), np.uint8)
     failures = Counter(image.code for image in images if isinstance(image, RowFailure))

@@ -1,0 +1,46 @@
+"""The stores of a job: one for its root, and one for each other bucket that its uris name."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+from cnn_ray.storage import Store, open_store, split_uri
+
+
+class Stores:
+    """Find the store of any uri of a job. Safe for threads.
+
+    Each bucket is opened once: an S3 client costs 100 ms of CPU, and its connections are what makes GETs fast.
+    """
+
+    def __init__(self, root: Store) -> None:
+        self.root = root
+        self._buckets: dict[str, Store] = {}
+        self._lock = threading.Lock()
+
+    def locate(self, uri: str) -> tuple[Store, str]:
+        """Return the store that holds `uri` and the key of `uri` in it.
+
+        Raises:
+            ConfigError: the uri is no absolute location.
+        """
+        if uri.startswith(self.root.uri + "/"):
+            return self.root, uri[len(self.root.uri) + 1 :]
+        if uri.startswith("s3://"):
+            bucket, _, key = uri[len("s3://") :].partition("/")
+            return self._bucket(bucket), key
+        folder, name = split_uri(uri)  # opening a folder costs nothing, and there may be any number of them
+        return open_store(folder), name
+
+    def _bucket(self, bucket: str) -> Store:
+        with self._lock:
+            if bucket not in self._buckets:
+                self._buckets[bucket] = open_store(f"s3://{bucket}")
+            return self._buckets[bucket]
+
+
+@functools.lru_cache(maxsize=8)
+def stores_of(root_uri: str) -> Stores:
+    """Return the stores of a job whose uris start at `root_uri`: the same ones at every call in this process."""
+    return Stores(open_store(root_uri))
