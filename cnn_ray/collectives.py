@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cnn_ray import errors
-from cnn_ray.errors import CnnRayError, TrainingError
+from cnn_ray.errors import CnnRayError, ConfigError, TrainingError
 
 _NOTE_BYTES = 2000
 
@@ -125,20 +125,23 @@ class World:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Turns TensorFlow's runtime errors inside into one sentence.
+        """Turn TensorFlow's runtime errors inside into one sentence; errors of the program itself pass as they are.
 
         Raises:
-            TrainingError: a peer did not answer in time or is gone, or memory ran out.
+            ConfigError: memory ran out: the same command ends in the same way.
+            TrainingError: a peer did not answer in time or is gone.
         """
         import tensorflow as tf
 
         try:
             yield
         except tf.errors.ResourceExhaustedError as error:
-            raise TrainingError(
+            raise ConfigError(
                 f"Expected the batch to fit into memory. Received: {_first_line(error)}. "
                 "Next: use a smaller batch_size, a smaller input_size_px, or more workers."
             ) from error
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+            raise
         except tf.errors.OpError as error:
             raise TrainingError(
                 f"Expected all workers to answer within {self.timeout_s:g} s. Received: {_first_line(error)}. "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -223,7 +224,27 @@ def _write_openvino(model: keras.Model, folder: Path) -> None:
     frozen = frozen_graph(model)
     concrete = tf.function(lambda pixels: frozen(pixels)[0]).get_concrete_function(pixels)
     (folder / "openvino").mkdir()
-    openvino.save_model(openvino.convert_model(concrete), str(folder / OPENVINO_FILES[0]), compress_to_fp16=False)
+    with _converter_knows_tensorflow(tf.__version__):
+        converted = openvino.convert_model(concrete)
+    openvino.save_model(converted, str(folder / OPENVINO_FILES[0]), compress_to_fp16=False)
+
+
+@contextmanager
+def _converter_knows_tensorflow(version: str) -> Iterator[None]:
+    """Tell OpenVINO's converter the version of TensorFlow inside the block.
+
+    It asks with `exec("import tensorflow")` and `exec("del tensorflow")` in one function. Since Python 3.13 (PEP 667)
+    the second `exec` does not see what the first one bound: every conversion ends with a NameError (OpenVINO 2026.4).
+    """
+    from openvino.frontend.tensorflow import utils
+
+    name = "get_environment_setup"
+    original = getattr(utils, name)
+    setattr(utils, name, lambda _framework: {"tensorflow": version})
+    try:
+        yield
+    finally:
+        setattr(utils, name, original)
 
 
 def _file_records(folder: Path) -> dict[str, FileRecord]:

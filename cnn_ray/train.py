@@ -242,7 +242,8 @@ def _hand_over(line: dict[str, Any], on_epoch: OnEpoch | None, on_finding: OnFin
     for finding in line.pop("findings", []):
         if on_finding is not None:
             on_finding(Finding(**finding))
-    if "failed_rank" in line:
-        log.warning("worker %s failed (%s)", line["failed_rank"], " ".join(line["error"].split()))
+    if "failed" in line:
+        for rank, text in line["failed"].items():
+            log.warning("worker %s failed (%s)", rank, " ".join(text.split()))
     elif on_epoch is not None:
         on_epoch(line)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn_ray.config import TrainConfig
 from cnn_ray.errors import CnnRayError, ConfigError, RunInterruptedError, TrainingError
+from cnn_ray.storage_base import error_of_os
 
 if TYPE_CHECKING:
     from cnn_ray.train_worker import TrainJob, WorkerOutcome
+
+_LOST_PEER = {"UnavailableError", "DeadlineExceededError", "AbortedError", "CancelledError", "InternalError"}
+"""TensorFlow's errors (tf.errors) for a collective whose peer is gone."""
+_NUMBER = re.compile(r"0x[0-9a-f]+|[0-9a-f]{16,}|\d+")
 
 
 def fit(job: TrainJob, run_name: str, progress_file: Path, local: bool) -> WorkerOutcome:
@@ -50,7 +56,8 @@ def fit(job: TrainJob, run_name: str, progress_file: Path, local: bool) -> Worke
             f"Next: the same command goes on from the last checkpoint in {job.run_uri}."
         ) from None
     except (ray.train.TrainingFailedError, RayError) as error:
-        raise explain_failure(error, job.run_uri) from error
+        lines = progress_file.read_text(encoding="utf-8").splitlines()
+        raise explain_failure(error, job.run_uri, again=failed_again(lines)) from error
 
 
 def _workers(config: TrainConfig) -> int | tuple[int, int]:
@@ -156,24 +163,80 @@ def _progress_writer(path: Path) -> Any:
             self._append(metrics[0])
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-            for rank, error in worker_exceptions.items():
-                self._append({"failed_rank": rank, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"})
+            texts = {str(rank): f"{type(e).__name__}: {str(e).strip()[-300:]}" for rank, e in worker_exceptions.items()}
+            self._append({"failed": texts})
 
     return ProgressWriter()
 
 
-def explain_failure(error: BaseException, run_uri: str) -> CnnRayError:
-    """The one of our errors that hides in Ray's wrappers, else a TrainingError that names the innermost cause."""
+def explain_failure(error: BaseException, run_uri: str, *, again: bool = False) -> Exception:
+    """Return what to raise for a failed training: one of our errors, or the worker's own error where it is a bug.
+
+    `again` says that the workers failed in the same way after a restart. An error of the program itself does not go
+    away when the command is repeated, so it is never a TrainingError ("run the same command again").
+    """
     causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, CnnRayError):
-            return cause
+    ours = [cause for cause in causes if isinstance(cause, CnnRayError)]
+    final = next((cause for cause in ours if not cause.retryable), None)
+    if final is not None:
+        return final
     innermost = causes[-1]
-    lines = [line.strip() for line in str(innermost).splitlines() if line.strip()] or ["no message"]
+    # Ranks that waited for a failed one end with a TrainingError of their own: the cause is what the failed one raised.
+    bug = next((cause for cause in causes if _is_final(cause)), None)
+    if bug is not None:
+        return _explain_final(bug)
+    if ours:
+        return ours[0]
+    said = _last_line(innermost)
+    if again:
+        return ConfigError(
+            f"Expected workers that keep running. Received: {said}, in the same way after each restart. Next: look for "
+            "the reason in the workers' logs (`ray logs`, or /tmp/ray/session_latest/logs); where memory ran out, "
+            "lower cache_bytes, batch_size or num_workers."
+        )
     return TrainingError(
-        f"Expected all workers to finish. Received: {type(innermost).__name__}: {lines[-1][:300]}. "
+        f"Expected all workers to finish. Received: {said}. "
         f"Next: run the same command again; it goes on from the last checkpoint in {run_uri}."
     )
+
+
+def failed_again(lines: Sequence[str]) -> bool:
+    """Return whether the last two failures in a progress file are alike and no epoch was finished between them."""
+    failures: list[set[str]] = []
+    for line in map(json.loads, lines):
+        if "failed" in line:
+            failures.append({_NUMBER.sub("#", str(text)) for text in line["failed"].values()})
+        elif "epoch" in line:
+            failures.clear()
+    return len(failures) > 1 and bool(failures[-1] & failures[-2])
+
+
+def _is_final(cause: BaseException) -> bool:
+    """Return whether the error was raised by code and not by a lost worker, node or connection."""
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    if isinstance(cause, CnnRayError | RayError | TrainingFailedError | ConnectionError | TimeoutError):
+        return False
+    if not isinstance(cause, Exception) or type(cause).__module__.startswith("ray."):
+        return False
+    return type(cause).__name__ not in _LOST_PEER
+
+
+def _explain_final(cause: BaseException) -> Exception:
+    if isinstance(cause, MemoryError):
+        return ConfigError(
+            "Expected enough memory on the workers. Received: MemoryError. "
+            "Next: lower cache_bytes, batch_size or num_workers."
+        )
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return error_of_os(cause, str(cause.filename or "a worker's disk"))
+    return cause if isinstance(cause, Exception) else RuntimeError(_last_line(cause))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {lines[-1][:300]}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

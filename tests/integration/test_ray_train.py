@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from cnn_ray.config import DataConfig, ModelDefinition, PhaseConfig, TrainConfig
 from cnn_ray.errors import ConfigError, DataError, TrainingError
 from cnn_ray.train import run_training
 from cnn_ray.train_loop import TIMINGS
-from cnn_ray.train_ray import explain_failure
+from cnn_ray.train_ray import explain_failure, failed_again
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 3
@@ -144,10 +145,43 @@ def test_failures_of_workers_reach_the_user_as_one_sentence():
 
     ours = WorkerGroupError("text", {1: RuntimeError("collateral"), 0: DataError("Expected x. Received: y. Next: z.")})
     assert isinstance(explain_failure(ours, "runs/a"), DataError)
-    foreign = explain_failure(ControllerError(ValueError("Traceback ...\n  disk full")), "runs/a")
-    assert isinstance(foreign, TrainingError)
-    assert "ValueError: disk full" in str(foreign)
-    assert "runs/a" in str(foreign)
+    lost = explain_failure(ControllerError(ConnectionError("Traceback ...\n  peer gone")), "runs/a")
+    assert isinstance(lost, TrainingError)
+    assert "ConnectionError: peer gone" in str(lost)
+    assert "runs/a" in str(lost)
+
+
+def test_an_error_of_the_program_is_a_bug_and_not_a_reason_to_try_again():
+    from ray.train import TrainingFailedError  # noqa: F401 - imports Ray Train before its exceptions
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    bug = NameError("name 'tensorflow' is not defined")
+    waited = TrainingError("Expected all workers to answer within 6 s. Received: x. Next: y.")
+    assert explain_failure(WorkerGroupError("text", {0: waited, 1: bug}), "runs/a") is bug
+    assert explain_failure(ControllerError(bug), "runs/a") is bug
+    memory = explain_failure(WorkerGroupError("text", {0: MemoryError()}), "runs/a")
+    assert isinstance(memory, ConfigError)
+    full = explain_failure(WorkerGroupError("text", {0: OSError(errno.ENOSPC, "No space left on device")}), "runs/a")
+    assert "free space" in str(full)
+
+
+def test_workers_that_die_alike_after_each_restart_are_no_reason_to_try_again():
+    from ray.exceptions import ActorDiedError
+    from ray.train import TrainingFailedError  # noqa: F401 - imports Ray Train before its exceptions
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    died = WorkerGroupError("text", {0: ActorDiedError()})
+    assert explain_failure(died, "runs/a").exit_code == 75  # pyright: ignore[reportAttributeAccessIssue]
+    assert explain_failure(died, "runs/a", again=True).exit_code == 2  # pyright: ignore[reportAttributeAccessIssue]
+
+    def lines(*events: dict[str, Any]) -> list[str]:
+        return [json.dumps(event) for event in events]
+
+    first, second = {"failed": {"0": "ActorDiedError: pid 12"}}, {"failed": {"1": "ActorDiedError: pid 345"}}
+    assert failed_again(lines({"epoch": 1}, first, second))
+    assert not failed_again(lines(first, {"epoch": 2}, second))
+    assert not failed_again(lines(first))
+    assert not failed_again(lines(first, {"failed": {"0": "OutOfMemoryError: x"}}))
 
 
 def test_the_example_configuration_is_valid():
