@@ -34,6 +34,9 @@ Bytes in, bytes out.
     sorted_rows.py    streams of tables sorted by uri, walked in step
     manifests.py      what a committed shard and a finished generation say of themselves
     outputs.py        commit a part, its quarantine and the manifest; read back what is committed
+    manifest_files.py a manifest's bytes -> a table of text
+    allowed_uris.py   what a manifest may name
+    manifest_listing.py a manifest -> its sorted listing
     inputs.py         INPUT -> sorted (uri, etag, size_bytes)
     generations.py    what a finished partition owes to its input as it is now; what that supersedes
     runs.py           list partitions, compare two, write one as a single file

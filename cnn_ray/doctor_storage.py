@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cnn_ray.doctor_finding import Finding, error, ok, warning
 from cnn_ray.errors import CnnRayError, NotFoundError, StorageError
-from cnn_ray.inputs import is_manifest
+from cnn_ray.manifest_files import is_manifest
 from cnn_ray.storage import S3Store, Store, open_store, split_uri
 
 PROBE_FOLDER = "_doctor"

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cnn_ray.allowed_uris import resolve_uri
 from cnn_ray.config import DataConfig
 from cnn_ray.errors import DataError
-from cnn_ray.inputs import is_manifest, read_manifest_table, resolve_uri
 from cnn_ray.known_sets import FLOWERS_FILES, KERAS_CIFAR10, cifar10_rows, flowers102_rows, is_packed
+from cnn_ray.manifest_files import is_manifest, read_manifest_table
 from cnn_ray.storage import open_store, split_uri
 
 

@@ -11,7 +11,8 @@ from cnn_ray.artifact import Artifact, load_artifact
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ConfigError, DataError, NotFoundError
 from cnn_ray.generations import Changes, earlier_plans, next_plan
-from cnn_ray.inputs import is_manifest, list_inputs
+from cnn_ray.inputs import list_inputs
+from cnn_ray.manifest_files import is_manifest
 from cnn_ray.manifests import Manifest
 from cnn_ray.outputs import Partition
 from cnn_ray.partitions import fill_date, partition_uri

@@ -7,7 +7,8 @@ from datetime import datetime
 
 from cnn_ray.config import NightlyConfig
 from cnn_ray.errors import NotFoundError
-from cnn_ray.inputs import is_manifest, list_inputs
+from cnn_ray.inputs import list_inputs
+from cnn_ray.manifest_files import is_manifest
 from cnn_ray.partitions import fill_date
 from cnn_ray.storage import open_store, split_uri
 

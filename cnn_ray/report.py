@@ -23,7 +23,7 @@ from cnn_ray.config import ScoreConfig
 from cnn_ray.decoders import Decoders
 from cnn_ray.errors import CnnRayError, PlanError, UnavailableError
 from cnn_ray.images import ImageCaps
-from cnn_ray.inputs import is_manifest
+from cnn_ray.manifest_files import is_manifest
 from cnn_ray.manifests import Manifest
 from cnn_ray.outputs import Partition
 from cnn_ray.partitions import fill_date, partition_uri

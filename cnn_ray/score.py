@@ -22,8 +22,8 @@ import cnn_ray
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import PlanError, QuarantineLimitError
 from cnn_ray.generations import Changes, Superseded, supersede
-from cnn_ray.inputs import is_manifest
 from cnn_ray.lease import Lease
+from cnn_ray.manifest_files import is_manifest
 from cnn_ray.manifests import FORMAT, FileRef, GenerationRecord, Manifest, PartRecord
 from cnn_ray.partitions import fill_date
 from cnn_ray.plan import Plan, Shard, refuse_other_settings, shards_of

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cnn_ray.artifact import Artifact
 from cnn_ray.errors import AccessDeniedError
 from cnn_ray.images import ImageCaps
-from cnn_ray.inputs import ABSENT, DENIED, NOT_ALLOWED
+from cnn_ray.manifest_listing import ABSENT, DENIED, NOT_ALLOWED
 from cnn_ray.manifests import PartRecord
 from cnn_ray.memory import keep_freed_memory
 from cnn_ray.outputs import Partition

@@ -4,8 +4,9 @@ import pyarrow.parquet as pq
 import pytest
 from factories import image_bytes
 
-from cnn_ray import inputs
+from cnn_ray import allowed_uris, inputs
 from cnn_ray.config import ScoreConfig
+from cnn_ray.manifest_listing import DENIED, NOT_ALLOWED
 from cnn_ray.records import LISTING_SCHEMA
 
 LOCAL, BUCKET = "/lists", "s3://lists/tonight"
@@ -35,7 +36,7 @@ LOCAL, BUCKET = "/lists", "s3://lists/tonight"
     ],
 )
 def test_locations(location, base, allow, allowed):
-    assert inputs.is_allowed(location, base, allow) is allowed
+    assert allowed_uris.is_allowed(location, base, allow) is allowed
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_locations(location, base, allow, allowed):
 )
 @pytest.mark.parametrize("base", [LOCAL, BUCKET])
 def test_no_other_scheme_and_no_path_out_of_the_folder(name, base):
-    assert inputs.resolve_uri(base, name) is None
+    assert allowed_uris.resolve_uri(base, name) is None
 
 
 def etags(folder, names, allow=()):
@@ -64,7 +65,7 @@ def test_links_do_not_lead_out_of_what_is_allowed(tmp_path):
     (data / "folder").symlink_to(secret)
     names = ["a.png", "link.png", "folder/a.png", f"{data}/a.png", f"{data}/link.png", f"{data}/folder/a.png"]
     found = etags(lists, [*names, f"{secret}/a.png"], (str(data),))
-    refused = {inputs.NOT_ALLOWED, inputs.DENIED}
+    refused = {NOT_ALLOWED, DENIED}
     assert found[f"{lists}/a.png"] not in refused
     assert found[f"{data}/a.png"] not in refused
     assert {uri for uri, etag in found.items() if etag in refused} == {
@@ -91,7 +92,7 @@ def test_links_out_of_an_input_folder_are_not_listed(tmp_path):
 def test_signed_urls_are_refused_without_their_signature_and_stay_different(tmp_path):
     names = [f"https://b.s3.amazonaws.com/a.png?X-Amz-Signature={sign}" for sign in ("fe5f80f77d", "0123456789")]
     found = etags(tmp_path, names)
-    assert set(found.values()) == {inputs.NOT_ALLOWED}
+    assert set(found.values()) == {NOT_ALLOWED}
     assert len(found) == 2
     assert not [uri for uri in found if "fe5f80f77d" in uri or "0123456789" in uri]
     assert found == etags(tmp_path, names), "the same name every night"
