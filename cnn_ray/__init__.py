@@ -54,6 +54,7 @@ Models.
 
 Jobs.
     ray_session.py    a connected Ray: a cluster, or a local one for this job
+    placement.py      CPUs and GPUs that are asked for and not there: refused, or waited for aloud
     known_sets.py     CIFAR-10 and Oxford 102 Flowers as they are distributed
     reader.py         uri -> bytes -> pixels or a row failure
     labelled_rows.py  uri, class name, group, split of every image, as the data say
@@ -104,6 +105,7 @@ Jobs.
     page_files.py     the page at / as it is sent
     auth.py           API keys: a file of hashes, and whose key a request brought
     endpoint_metrics.py what the endpoint counts, added up over replicas, for Prometheus
+    log_stream.py     the log of all processes of an endpoint on one standard error
     access_log.py     one line of JSON per request
     batcher.py        rows of many requests -> calls of the model
     served_models.py  the versions a replica answers with; aliases followed

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import uuid
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from cnn_ray.auth import KEY_PREFIX
+from cnn_ray.log_stream import SocketHandler, log_handler
 
 logger = logging.getLogger("cnn_ray.access")
 
@@ -83,16 +83,14 @@ def log_access(entry: AccessEntry) -> None:
         logger.info("%s", access_line(entry, datetime.now(UTC)))
 
 
-class _AccessHandler(logging.StreamHandler[TextIO]):
-    """The handler that `open_access_log` adds; a class of its own, so that a second call finds it."""
-
-
 def open_access_log(stream: TextIO | None = None) -> None:
-    """Lines of `log_access` go to `stream` (default: stderr) as bare JSON, and to no other handler."""
+    """Send the lines of `log_access` to `stream`, by default to this process's log, as bare JSON and nowhere else."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    for handler in [h for h in logger.handlers if isinstance(h, _AccessHandler)]:
+    if stream is None and any(isinstance(handler, SocketHandler) for handler in logger.handlers):
+        return
+    for handler in list(logger.handlers):
         logger.removeHandler(handler)
-    handler = _AccessHandler(stream or sys.stderr)
+    handler = log_handler() if stream is None else logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)

@@ -2,8 +2,8 @@
 """Ray Serve's HAProxy ingress with what Ray leaves open closed.
 
 Ray 2.60 renders a configuration with a statistics and a Prometheus page on all interfaces (ports 8404 and 9101), an
-admin socket that every user of the machine may write to, no time limit on a client's headers, and 500 where no replica
-answers. None of that can be configured, but the binary can: RAY_SERVE_HAPROXY_BINARY_PATH names a script that calls
+admin socket that every user of the machine may write to, no time limit on a client's headers, 404 while no application
+runs, and 500 where no replica answers. None of that can be configured, but the binary can: RAY_SERVE_HAPROXY_BINARY_PATH names a script that calls
 this module's main, which mends the configuration and then becomes the real HAProxy.
 """
 
@@ -23,12 +23,31 @@ MAX_CONNECTIONS = 2048
 REPLAYED_BYTES = 512 * 1024
 """A request of at most this size whose replica dies before it answers goes to another one."""
 _LOST = b'{"error": "No replica can answer now. Next: try again."}'
+_CLOSED = '{\\"error\\": \\"The endpoint is starting or shutting down. Next: try again.\\"}'
+_MIN_DRAINING_S = 2
+"""A replica that goes away is reachable for so long: HAProxy has its new list of replicas by then."""
 _MENDED = "# mended by cnn_ray\n"
 _RULES = (
     (r"(stats socket \S+) mode 666", r"\1 mode 600"),
     (r"\nfrontend prometheus\n(?:[ \t]+.*\n?)*", "\n"),
     (r"(\ndefaults\n)", rf"\1    timeout http-request {HEADERS_TIMEOUT_S}s\n"),
     (r"\nlisten stats\n(?:[ \t]+.*\n?)*", "\n"),
+    # HAProxy decides alone whether a client's connection goes on: what a replica says of it stays between the two.
+    (
+        r"(\nfrontend http_frontend\n)",
+        r"\1    http-after-response set-header connection close if { status 408 413 503 }\n"
+        r"    http-after-response set-header retry-after 1 if { status 503 } !{ res.hdr(retry-after) -m found }\n",
+    ),
+    (
+        r"\nbackend default_backend\n    http-request return status 404 .*\n",
+        # The body is read first, as far as a buffer holds it: a client that still sends would not see the answer.
+        "\nbackend default_backend\n    http-request wait-for-body time 2s\n"
+        "    http-request return status 503 content-type application/json "
+        f'hdr retry-after 1 hdr cache-control no-store string "{_CLOSED}"\n'.replace("\\", r"\\"),
+    ),
+)
+_HEALTHY_WITHOUT_REPLICAS = re.compile(
+    r'(\n    http-request return status )200( content-type text/plain string ")[^"]*(" if healthcheck\n)'
 )
 
 
@@ -61,6 +80,7 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_MAXCONN": str(MAX_CONNECTIONS),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_MIN_DRAINING_S),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(REPLAYED_BYTES),
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "2",
@@ -79,14 +99,15 @@ def safe_config(text: str) -> str:
         text, count = re.subn(pattern, replacement, text)
         if count != 1:
             raise ValueError(f"the configuration does not have {pattern!r} once")
-    return _MENDED + text
+    # Once the last application is gone, and before the first one runs, nobody is healthy: the head node neither.
+    return _MENDED + _HEALTHY_WITHOUT_REPLICAS.sub(r"\g<1>503\g<2>No application is running.\g<3>", text)
 
 
 def safe_error_file() -> bytes:
     """What HAProxy answers where no replica does: 503 with Retry-After, where Ray says 500."""
     head = (
         "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(_LOST)}\r\nRetry-After: 1\r\nCache-Control: no-store\r\n\r\n"
+        f"Content-Length: {len(_LOST)}\r\nRetry-After: 1\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + _LOST
 

@@ -16,6 +16,7 @@ import numpy as np
 from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import CnnRayError, UnavailableError
 from cnn_ray.manifests import PartRecord
+from cnn_ray.placement import Share, require_resources, watched_placement
 from cnn_ray.plan import Shard
 from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_session import connected
@@ -25,6 +26,7 @@ from cnn_ray.stages import DecodedShard, StageContext, TimedPredictor, commit_sh
 
 WAIT_FOR_NODES_S = 24 * 3600
 """Ray Data gives up after half an hour without progress; waiting for a GPU node through a night is no failure."""
+PREDICT_CPUS = 0.5
 SHARDS_PER_ACTOR = 3
 """One computed, one on its way into the actor's memory, one waiting."""
 
@@ -33,6 +35,7 @@ def run_ray(context: StageContext, shards: Sequence[Shard], config: ScoreConfig)
     """Records of the shards in the order they are committed, computed by Ray Data over the cluster.
 
     Raises:
+        ConfigError: the local Ray lacks the GPUs or CPUs for the predictors.
         CnnRayError: the error of the stage that failed, as it was raised there; UnavailableError where Ray lost more
             workers or nodes than it could replace.
     """
@@ -41,9 +44,12 @@ def run_ray(context: StageContext, shards: Sequence[Shard], config: ScoreConfig)
     from ray.exceptions import RayError
 
     # One logical CPU more than cores: the stage that waits for storage must not keep the predictor from starting.
-    with connected(num_cpus=max(cpu_count(), 2) + 1):
+    with connected(num_cpus=max(cpu_count(), 2) + 1) as local:
         _configure_ray_data(ray)
         actors = config.num_predict_actors or _actors_of(ray, config.num_gpus)
+        share = Share(PREDICT_CPUS, config.num_gpus, actors)
+        if local:
+            require_resources(share, "predictor")
         rows = [{"index": shard.index, "page": shard.page} for shard in shards]
         dataset = (
             ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -52,14 +58,16 @@ def run_ray(context: StageContext, shards: Sequence[Shard], config: ScoreConfig)
                 _PredictStage,  # pyright: ignore[reportArgumentType]  # Ray makes one for each actor
                 fn_constructor_args=(context, config),
                 compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=SHARDS_PER_ACTOR),
-                num_cpus=0.5,
+                num_cpus=PREDICT_CPUS,
                 num_gpus=config.num_gpus or None,
             )
             .map(_CommitStage(context), num_cpus=0.25)
         )
         try:
-            for row in dataset.iter_rows():
-                yield PartRecord.model_validate_json(row["record"])
+            with watched_placement(share, "predictor") as placed:
+                for row in dataset.iter_rows():
+                    placed.set()
+                    yield PartRecord.model_validate_json(row["record"])
         except RayError as error:
             raise unwrap(error) from None
 

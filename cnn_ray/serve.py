@@ -16,7 +16,7 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -35,12 +35,16 @@ from cnn_ray.config import ServeConfig
 from cnn_ray.endpoint import RETRY_AFTER_S, Endpoint
 from cnn_ray.endpoint_metrics import MetricsBoard
 from cnn_ray.errors import ConfigError, UnavailableError
+from cnn_ray.log_stream import SOCKET_VARIABLE, open_error_log, shown_log
+from cnn_ray.placement import Share, require_resources, watched_placement
 from cnn_ray.ray_session import connected
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "cnn_ray"
 READY_DEADLINE_S = 60.0
+CLOSING_S = 0.5
+"""After SIGTERM requests are taken for so long: what clients had sent before is read by then, and counts as in flight."""
 REPORT_S = 2.0
 """How often a replica tells the board what it counted."""
 RAY_VARIABLES = {
@@ -83,6 +87,7 @@ class Replica:
             ArtifactError: a model is missing or damaged, or this node lacks the engine or precision.
             ConfigError: others reach the port, and there are no API keys.
         """
+        open_error_log()
         require_keys(_listening_host(config), config)
         self._board = board
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -169,15 +174,15 @@ def _absolute(uri: str | None) -> str | None:
 
 
 def run_server(config: ServeConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM, then has shut down what it started.
+    """Serve until SIGINT or SIGTERM, then answer what is in flight, refuse what comes new, and end what was started.
 
     Uses the cluster of RAY_ADDRESS, or starts a Ray of its own on this machine. `on_ready` gets the base URL once a
     predict would be answered. Call it in the main thread, where signals arrive.
 
     Raises:
         ArtifactError: no such model; nothing was started.
-        ConfigError: the port is taken, others reach it and there are no API keys, or HAProxy is asked of a cluster that
-            was started without; nothing was started.
+        ConfigError: the port is taken, others reach it and there are no API keys, this machine lacks the CPUs or GPUs,
+            or HAProxy is asked of a cluster that was started without; nothing is served.
         UnavailableError: the endpoint did not get ready.
     """
     require_keys(config.host, config)
@@ -185,7 +190,8 @@ def run_server(config: ServeConfig, *, on_ready: Callable[[str], None] | None = 
     config = config.model_copy(update={"port": _free_port(config.host, config.port)})
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _ingress(config), _running_app(app, config):
+        with _ingress(config) as is_open, _running_app(app, config, is_open):
+            is_open.set(True)
             _wait_until_answered(config)
             if on_ready is not None:
                 on_ready(
@@ -202,8 +208,25 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     raise KeyboardInterrupt
 
 
+class _OpenSign:
+    """Whether requests are to be answered: a file that the gateways of this machine look for."""
+
+    def __init__(self, path: Path | None) -> None:
+        """The sign at `path`, not set; None for a cluster, whose nodes share no file."""
+        self._path = path
+
+    def set(self, is_open: bool) -> None:
+        """Let requests in, or have every new one refused with 503 from now on."""
+        if self._path is None:
+            return
+        if is_open:
+            self._path.touch()
+        else:
+            self._path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _ingress(config: ServeConfig) -> Iterator[None]:
+def _ingress(config: ServeConfig) -> Iterator[_OpenSign]:
     """Inside, a Ray that is started takes the ingress that the configuration asks for: variables of its environment."""
     if os.environ.get("RAY_ADDRESS"):
         if config.haproxy:
@@ -211,9 +234,10 @@ def _ingress(config: ServeConfig) -> Iterator[None]:
                 "Expected no haproxy with RAY_ADDRESS: the cluster's nodes choose it when they start. "
                 "Received: haproxy. Next: leave it out, see README for the cluster's variables."
             )
-        yield
+        yield _OpenSign(None)
         return
-    with tempfile.TemporaryDirectory(prefix="cnn_ray-serve-") as folder:
+    with tempfile.TemporaryDirectory(prefix="cnn_ray-serve-") as folder, shown_log(Path(folder)) as log_socket:
+        sign = Path(folder) / "open"
         # What is too much anyway is refused in front, where that costs least: by the one proxy, or, behind HAProxy, by
         # the server in each replica.
         most = config.max_ongoing_requests * (1 if config.haproxy else config.max_replicas)
@@ -221,28 +245,44 @@ def _ingress(config: ServeConfig) -> Iterator[None]:
             gateway.MAX_REQUESTS_VARIABLE: str(most),
             gateway.IMPORT_PATH_VARIABLE: gateway.IMPORT_PATH,
             gateway.MAX_BODY_VARIABLE: str(config.max_body_bytes),
+            gateway.OPEN_VARIABLE: str(sign),
+            gateway.ACCESS_LOG_VARIABLE: "1" if config.access_log else "0",
+            **({SOCKET_VARIABLE: log_socket} if log_socket is not None else {}),
             **RAY_VARIABLES,
             **(haproxy.environment(Path(folder)) if config.haproxy else {}),
         }
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+        with _environment(variables):
+            yield _OpenSign(sign)
 
 
 @contextlib.contextmanager
-def _running_app(app: Application, config: ServeConfig) -> Iterator[None]:
-    with connected(logging_level=logging.WARNING):
-        _deploy(app, config)
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Inside, this process has these variables of the environment; the processes that it starts keep them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _running_app(app: Application, config: ServeConfig, is_open: _OpenSign) -> Iterator[None]:
+    share = Share(config.num_cpus, config.num_gpus, max(config.min_replicas, 1))
+    with connected(logging_level=logging.WARNING) as local:
+        if local:
+            require_resources(share, "replica")
+        with watched_placement(share, "replica"):
+            _deploy(app, config)
         try:
             yield
         finally:
+            time.sleep(CLOSING_S)
+            is_open.set(False)
             serve.delete(APP_NAME)  # waits for the requests in flight
 
 

@@ -68,7 +68,7 @@ def test_a_replicas_answer_passes_as_it_is():
 
 @pytest.mark.parametrize(
     ("status", "expected", "retry_after"),
-    [(408, 504, None), (429, 429, b"1"), (503, 503, b"1"), (404, 404, None), (418, 418, None)],
+    [(408, 504, None), (429, 429, b"1"), (503, 503, b"1"), (418, 418, None)],
 )
 def test_rays_own_answers_get_our_form(status, expected, retry_after):
     log: list[bytes] = []
@@ -178,8 +178,100 @@ def test_ray_repeats_no_request_id_that_is_not_safe():
     assert [len(headers) for headers in seen] == [2, 1, 1, 1, 1]
 
 
-def test_rays_own_health_path_is_left_alone():
-    assert call(answering(503, body=b"draining"), path="/-/healthz") == (503, {}, b"draining")
+def ray_with_routes(routes: bytes, status: int = 200):
+    """Ray's proxy with these routes: 404 for every other path, and a health that does not look at them."""
+
+    async def app(scope, receive, send):
+        path = scope["path"]
+        if path == "/-/routes":
+            return await answering(status, body=routes)(scope, receive, send)
+        return await answering(200 if path == "/-/healthz" else 404, body=b"success")(scope, receive, send)
+
+    return app
+
+
+def test_a_path_beside_rays_routes_is_404():
+    status, headers, body = call(ray_with_routes(b'{"/models": "cnn_ray"}'), b"x")
+
+    assert (status, headers.get(b"retry-after"), headers.get(b"connection")) == (404, None, None)
+    assert set(json.loads(body)) == {"error"}
+
+
+@pytest.mark.parametrize("app", [ray_with_routes(b"{}"), ray_with_routes(b"Route table is not populated yet.", 503)])
+@pytest.mark.parametrize("path", ["/v1/models/m:predict", "/v2/health/live", "/-/healthz"])
+def test_before_the_first_and_after_the_last_application_every_path_is_503(app, path):
+    status, headers, body = call(app, b"x", path=path)
+
+    assert (status, headers[b"retry-after"], headers[b"connection"]) == (503, b"1", b"close")
+    assert set(json.loads(body)) == {"error"}
+
+
+def test_rays_own_health_is_left_alone_while_it_has_routes():
+    assert call(ray_with_routes(b'{"/": "cnn_ray"}'), path="/-/healthz") == (200, {}, b"success")
+
+
+@pytest.mark.parametrize("path", ["/v1/models/m:predict", "/v2/health/live", "/v2/health/ready", "/-/healthz", "/"])
+def test_the_endpoint_is_open_while_its_file_exists(monkeypatch, tmp_path, path):
+    monkeypatch.setenv(gateway.OPEN_VARIABLE, str(tmp_path / "open"))
+    around = Gateway(answering(200, OURS, b'{"/": "cnn_ray"}'))
+
+    def statuses() -> int:
+        status, headers, body = call(None, b"ab", b"c", path=path, around=around)
+        if status == 503:
+            assert (headers[b"retry-after"], headers[b"connection"]) == (b"1", b"close")
+            assert set(json.loads(body)) == {"error"}
+        return status
+
+    assert statuses() == 503
+    (tmp_path / "open").touch()
+    assert statuses() == 200
+    (tmp_path / "open").unlink()
+    assert statuses() == 503
+
+
+def test_haproxy_may_always_ask_a_replica_for_its_health(monkeypatch, tmp_path):
+    monkeypatch.setenv(gateway.OPEN_VARIABLE, str(tmp_path / "open"))
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+
+    assert call(answering(200, body=b"success"), path="/-/healthz")[0] == 200
+    assert call(answering(200, OURS), path="/v2/health/live")[0] == 503
+
+
+def test_a_refused_body_is_read_so_that_the_client_sees_the_answer(monkeypatch, tmp_path):
+    monkeypatch.setenv(gateway.OPEN_VARIABLE, str(tmp_path / "open"))
+    monkeypatch.setenv(gateway.MAX_BODY_VARIABLE, "5")
+    monkeypatch.setattr(gateway, "DISCARD_S", 0.05)
+    scope = {"type": "http", "path": "/", "method": "POST", "headers": []}
+
+    def read_of(scope, chunks: list[bytes]) -> int:
+        sent: list[dict] = []
+        left = list(chunks)
+
+        async def receive():
+            if not left:
+                await asyncio.sleep(3600)  # a client that stops in the middle
+            return {"type": "http.request", "body": left.pop(0), "more_body": True}
+
+        async def send(message):
+            sent.append(message)
+
+        asyncio.run(Gateway(answering(200, OURS))(scope, receive, send))
+        assert sent[0]["status"] == 503
+        return len(chunks) - len(left)
+
+    assert read_of(scope, [b"abc"]) == 1, "and does not wait for long"
+    assert read_of(scope, [b"abc"] * 9) == 2, "and not for more than the largest body"
+    assert read_of({**scope, "headers": [(b"Expect", b"100-continue")]}, [b"abc"]) == 0
+
+
+def test_what_is_refused_in_front_has_a_line_in_the_access_log(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(gateway.OPEN_VARIABLE, str(tmp_path / "open"))
+    monkeypatch.setenv(gateway.ACCESS_LOG_VARIABLE, "1")
+
+    call(answering(200, OURS), headers=[(b"x-request-id", b"r-1")])
+
+    entry = json.loads(capsys.readouterr().err)
+    assert (entry["request_id"], entry["status"], entry["path"]) == ("r-1", 503, "/v1/models/m:predict")
 
 
 def test_ray_accepts_what_the_import_path_names():
