@@ -2,6 +2,7 @@
 
 Domain: no clock, network, Ray or TensorFlow.
     errors.py         what can go wrong: exit codes and HTTP statuses
+    yaml_files.py     YAML files that people write, without values that change or get lost
     config.py         one frozen class per job; its docstrings are the documentation of every flag
     records.py        the column contract of everything written, and the codes of the quarantine
     redaction.py      secrets taken out of what is shown or stored
@@ -15,6 +16,7 @@ Domain: no clock, network, Ray or TensorFlow.
     open_inference.py the Open Inference Protocol v2: routes and answers
 
 Bytes in, bytes out.
+    machine_errors.py what this machine lacks, whichever library met it first
     storage_base.py   the interface of a store, and what its implementations share
     storage_retry.py  which failures are tried again, how often and how long
     storage_pages.py  a page of an S3 listing as Arrow columns

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -21,18 +24,30 @@ from cnn_ray.config import ScoreConfig, TrainConfig
 from cnn_ray.errors import CnnRayError
 from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
 from cnn_ray.flags import print_config as show_config
+from cnn_ray.machine_errors import explain_machine_error
 from cnn_ray.redaction import RedactingFormatter, redact
 
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 bug, 2 usage, 3 artifact, 4 quarantine, 75 try again, 130 Ctrl-C."""
+    """Run the command line and exit: 0 done, 1 bug, 2 usage, 3 artifact, 4 quarantine, 75 try again, 130 Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
+    _write_anything()
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.exit(_exit_code(lambda: commands.main(arguments, prog_name="cnn-ray", standalone_mode=False)))
+
+
+def _write_anything() -> None:
+    """Let standard output and error take every text: what a terminal's encoding lacks is escaped, not an error."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:
@@ -42,17 +57,15 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 def _exit_code(run: Callable[[], Any]) -> int:
     try:
         result = run()
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
         error.show()
         return 2
     except CnnRayError as error:
-        click.echo(f"cnn-ray: {redact(str(error))}", err=True)
-        return error.exit_code
+        return _failed(error)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "cnn-ray: interrupted. What is committed is kept. Next: the same command goes on from there.", err=True
-        )
+        click.echo("cnn-ray: Interrupted. Run the same command to continue.", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # `cnn-ray model list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,13 +73,22 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except Exception as error:
         if os.environ.get("CNN_RAY_DEBUG"):
             raise
+        known = explain_machine_error(error)
+        if known is not None:
+            return _failed(known)
         reason = redact(" ".join(str(error).split()))[:300]
         click.echo(
-            f"cnn-ray: Expected no bug. Received: {type(error).__name__}: {reason}. "
-            "Next: run again with CNN_RAY_DEBUG=1 and report what it prints.",
+            f"cnn-ray: Internal error ({type(error).__name__}: {reason}). "
+            "Run again with CNN_RAY_DEBUG=1 and report the output.",
             err=True,
         )
         return 1
+
+
+def _failed(error: CnnRayError) -> int:
+    with contextlib.suppress(OSError):  # what standard output still holds does not fit on a full disk
+        click.echo(f"cnn-ray: {redact(str(error))}", err=True)
+    return error.exit_code
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from cnn_ray.config import CalibrateConfig, CompareConfig, EvaluateConfig, PromoteConfig
-from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
+from cnn_ray.flags import config_flags, config_from_flags, list_option, shared_flags, stderr_console, stdout_console
 from cnn_ray.flags import print_config as show_config
 
 _JUDGED = ("model", "data__uri")
@@ -33,7 +33,7 @@ def evaluate(config_file: str | None, print_config: bool, dry_run: bool, **flags
 @click.option("--config", "config_file", metavar="FILE.yaml", required=True, help="The comparison.")
 @click.option("--output-uri", metavar="TEXT", help="Folder or s3:// prefix for the table and the page.")
 @click.option("--data-uri", metavar="TEXT", help="The labelled images, in place of base.data.uri.")
-@click.option("--seeds", metavar="A,B,...", help="One training per variant and seed.")
+@list_option("--seeds", "seeds", "One training per variant and seed.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration as YAML and stop.")
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, change nothing.")
 def compare(config_file: str, print_config: bool, dry_run: bool, data_uri: str | None, **flags: Any) -> int | None:
@@ -41,9 +41,7 @@ def compare(config_file: str, print_config: bool, dry_run: bool, data_uri: str |
 
     Run the same command again after anything: finished trainings are kept.
     """
-    seeds = flags.pop("seeds")
-    given = flags | {"seeds": seeds and seeds.split(","), "base__data__uri": data_uri}
-    config = config_from_flags(CompareConfig, config_file, given)
+    config = config_from_flags(CompareConfig, config_file, flags | {"base__data__uri": data_uri})
     if print_config:
         return show_config(config)
     from cnn_ray import compare as job

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cnn_ray.config import NightlyConfig
+from cnn_ray.config import NightlyConfig, parse_date
 from cnn_ray.errors import ConfigError
 from cnn_ray.flags import config_flags, config_from_flags, shared_flags, stderr_console, stdout_console
 from cnn_ray.flags import print_config as show_config
@@ -116,14 +116,7 @@ def _reference(version: int | None) -> str:
 
 
 def _date(text: str | None) -> Date | None:
-    if text is None:
-        return None
-    try:
-        return Date.fromisoformat(text) if len(text) == 10 else Date.fromisoformat("")
-    except ValueError:
-        raise ConfigError(
-            f"Expected a date like 2026-11-23 for --today. Received: {text!r}. Next: correct it."
-        ) from None
+    return None if text is None else parse_date(text, "--today")
 
 
 class _Progress:

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cnn_ray.config import Config, EvaluateConfig, NightlyConfig, ScoreConfig, TrainConfig, load_yaml, merge_layers
-from cnn_ray.errors import ConfigError
+from cnn_ray.config import (
+    Config,
+    EvaluateConfig,
+    NightlyConfig,
+    ScoreConfig,
+    TrainConfig,
+    load_yaml,
+    merge_layers,
+    parse_date,
+)
 from cnn_ray.flags import config_flags, config_from_flags, given_keys, stderr_console, stdout_console
 from cnn_ray.flags import print_config as show_config
 
@@ -226,12 +234,7 @@ def _server(address: str | None) -> JobServer:
 
 
 def _today(given: str | None) -> Date:
-    if given is None:
-        return datetime.now(UTC).date()
-    try:
-        return Date.fromisoformat(given)
-    except ValueError:
-        raise ConfigError(f"Expected --today as YYYY-MM-DD. Received: {given}. Next: correct it.") from None
+    return datetime.now(UTC).date() if given is None else parse_date(given, "--today")
 
 
 def _time(ms: int) -> str:

@@ -10,13 +10,23 @@ import difflib
 import re
 from collections.abc import Mapping
 from datetime import date as Date
-from pathlib import Path
+from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from cnn_ray.errors import ConfigError
+from cnn_ray.yaml_files import load_yaml as load_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 REFERENCE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}@([1-9][0-9]{0,8}|[A-Za-z][A-Za-z0-9_-]{0,99})$"
@@ -27,10 +37,38 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
+def _as_date(value: object) -> object:
+    """Return the date that a file or a flag writes as text; a number is no date, whatever pydantic makes of it."""
+    if isinstance(value, Date) and not isinstance(value, datetime):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        raise ValueError(f"Expected a date like 2026-11-23. Received: {value!r}.")
+    try:
+        return Date.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"Expected a date of the calendar. Received: {value}, which does not exist.") from None
+
+
+def parse_date(text: str, flag: str) -> Date:
+    """Return the date that a flag gives.
+
+    Raises:
+        ConfigError: it is none, or not in the calendar.
+    """
+    try:
+        return Date.fromisoformat(str(_as_date(text)))
+    except ValueError as error:
+        raise ConfigError(f"{error} Next: correct {flag}.") from None
+
+
+Day = Annotated[Date, BeforeValidator(_as_date)]
+"""A UTC date."""
+
+
 class Config(BaseModel):
     """Base of the job configurations: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Config):
@@ -66,7 +104,7 @@ class ScoreConfig(ModelConfig):
     """Folder, s3:// prefix, or manifest (.csv, .parquet, .jsonl) of the images; {date} is replaced by --date."""
     output_uri: str
     """Folder or s3:// prefix for the results; each model version and date gets its own partition below it."""
-    date: Date | None = None
+    date: Day | None = None
     """UTC date (YYYY-MM-DD) of the partition; also fills {date} in the input."""
     uri_column: str = "uri"
     """Column of a manifest input that holds the image locations."""
@@ -100,13 +138,6 @@ class ScoreConfig(ModelConfig):
     lease_s: Annotated[float, Field(ge=2)] = 60
     """How long a run that died silently blocks the partition for others."""
 
-    @field_validator("date", mode="before")
-    @classmethod
-    def _date_is_a_date(cls, value: object) -> object:
-        if isinstance(value, str) and not re.match(r"^\d{4}-\d{2}-\d{2}$", value):
-            raise ValueError(f"Expected a date like 2026-11-23. Received: {value!r}.")
-        return value
-
     @model_validator(mode="after")
     def _date_for_placeholder(self) -> ScoreConfig:
         if "{date}" in self.input_uri and self.date is None:
@@ -136,7 +167,7 @@ class NightlyConfig(Config):
     """How many dates are looked at: a missed night heals as long as its date is one of them."""
     lag_days: Annotated[int, Field(ge=0, le=366)] = 1
     """The newest date looked at is this many days before today (UTC): 1 is yesterday, whose last hour is over."""
-    first_date: Date | None = None
+    first_date: Day | None = None
     """Dates before this one owe nothing: screenshots are collected since then."""
     order: Literal["oldest", "newest"] = "oldest"
     """Which owed date comes first."""
@@ -585,32 +616,6 @@ def build_config(kind: type[ConfigT], *layers: Mapping[str, Any], source: str = 
         raise ConfigError(_explain(kind, error, source)) from None
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, read with the safe loader.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
-    """
-    import yaml  # 40 ms that --help does not need
-
-    try:
-        loaded: object = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"Expected a readable YAML file. Received: {path} ({error.strerror}). Next: check the path."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"Expected YAML in {path}. Received: {reason}. Next: correct the file.") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"Expected keys and values in {path}. Received: {type(loaded).__name__}. Next: see jobs/*.yaml."
-        )
-    return {str(key): value for key, value in loaded.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-
-
 def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """The upper mapping over the lower one, key by key; nested mappings are merged likewise."""
     merged = dict(below)
@@ -637,6 +642,11 @@ def _explain(kind: type[Config], error: ValidationError, source: str) -> str:
         elif problem["type"] == "value_error":
             message = str(problem["msg"]).removeprefix("Value error, ")
             sentences.append(f"{message} Next: correct {where}." if where else f"{message} Next: correct the {source}.")
+        elif problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
+            sentences.append(
+                f"Expected text for {where}. Received: {problem['input']!r}, as YAML reads it. "
+                "Next: write it in quotes."
+            )
         else:
             shown = repr(problem["input"])[:80]
             sentences.append(f"Expected for {where}: {problem['msg'].lower()}. Received: {shown}. Next: correct it.")

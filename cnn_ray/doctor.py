@@ -28,6 +28,7 @@ from cnn_ray.config import (
 from cnn_ray.doctor_finding import Finding, error, ok, warning
 from cnn_ray.errors import CnnRayError, ConfigError
 from cnn_ray.partitions import fill_date
+from cnn_ray.yaml_files import parse_yaml
 
 DEADLINE_S = 10.0
 """A storage that needs longer for one probe is down or out of reach for practical ends."""
@@ -95,13 +96,10 @@ def load_inner_yaml(document: Mapping[str, Any], file: str) -> Mapping[str, Any]
     Raises:
         ConfigError: there is none.
     """
-    import yaml
-
     spec = document.get("spec")
-    try:
-        inner = yaml.safe_load(str(spec.get("serveConfigV2"))) if isinstance(spec, Mapping) else None
-    except yaml.YAMLError:
-        inner = None
+    inner = (
+        parse_yaml(str(spec.get("serveConfigV2")), f"serveConfigV2 of {file}") if isinstance(spec, Mapping) else None
+    )
     if not isinstance(inner, Mapping) or "applications" not in inner:
         raise ConfigError(f"Expected applications in spec.serveConfigV2 of {file}. Received: none. Next: correct it.")
     return inner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -100,6 +101,31 @@ def given_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def list_option(flag: str, name: str, text: str) -> Callable[[CommandT], CommandT]:
+    """Return a click option of several values: A,B,... in one flag, in several, or both."""
+    text = f'{text} May be given more than once; a value with a comma stands in "double quotes".'
+    return click.option(flag, name, metavar="A,B,...", multiple=True, callback=_values, help=text)
+
+
+def _values(_context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the values of all occurrences of a list flag in their order, None where there is none: each occurrence is
+    a line of CSV, so a value is quoted as there, and an empty one is an empty list."""
+    values: list[str] = []
+    for text in given:
+        try:
+            lines = list(csv.reader([text], skipinitialspace=True, strict=True)) if text.strip() else []
+        except csv.Error:
+            lines = [[""]]
+        found = [value.strip() for line in lines for value in line]
+        if not all(found):
+            raise click.BadParameter(
+                f"Expected values between commas, one with a comma in double quotes. Received: {text!r}.",
+                param=parameter,
+            )
+        values += found
+    return tuple(values) if given else None
+
+
 def _fields(kind: type[Config], prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
     found: list[tuple[tuple[str, ...], FieldInfo]] = []
     for name, field in kind.model_fields.items():
@@ -127,7 +153,7 @@ def _option(path: tuple[str, ...], field: FieldInfo) -> Callable[[CommandT], Com
     if typing.get_origin(annotation) is Literal:
         return click.option(flag, name, type=click.Choice(typing.get_args(annotation)), help=text)
     if typing.get_origin(annotation) is tuple:
-        return click.option(flag, name, metavar="A,B,...", callback=_split_commas, help=text)
+        return list_option(flag, name, text)
     return click.option(flag, name, metavar=_metavar(annotation), help=text)
 
 
@@ -140,7 +166,3 @@ def _default_text(field: FieldInfo) -> str:
     if field.is_required() or field.default is None:
         return ""
     return f" [default: {field.default}]"
-
-
-def _split_commas(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    return None if value is None else tuple(part.strip() for part in value.split(","))

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cnn_ray.access_log import AccessEntry, log_access, open_access_log, request_id
@@ -89,7 +90,7 @@ class Gateway:
         self._app = app
         self._max_requests = int(os.environ.get(MAX_REQUESTS_VARIABLE, "1024"))
         self._max_body_bytes = int(os.environ.get(MAX_BODY_VARIABLE, str(64 * 1024**2)))
-        self._open_file = os.environ.get(OPEN_VARIABLE)
+        self._open_file = Path(os.environ[OPEN_VARIABLE]) if OPEN_VARIABLE in os.environ else None
         # HAProxy asks each replica for its health by this path, and finds out itself who may answer clients.
         self._health_is_for_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
         self._requests = 0
@@ -108,7 +109,7 @@ class Gateway:
         own = scope["path"] in _OWN_PATHS
         if own and self._health_is_for_haproxy:
             return await self._app(scope, receive, send)
-        if self._open_file is not None and not os.path.exists(self._open_file):
+        if self._open_file is not None and not self._open_file.exists():
             return await self._refuse_unread(scope, receive, send)
         if own:
             return await self._own_answer(scope, receive, send)
@@ -139,7 +140,13 @@ class Gateway:
             said["status"] = message.get("status", said["status"])
             said["body"] += message.get("body", b"")
 
-        asked = {**scope, "path": _ROUTES_PATH, "raw_path": _ROUTES_PATH.encode(), "method": "GET", "headers": []}
+        asked: Message = {
+            **scope,
+            "path": _ROUTES_PATH,
+            "raw_path": _ROUTES_PATH.encode(),
+            "method": "GET",
+            "headers": [],
+        }
         await self._app(asked, receive, send)
         return said["status"] == 200 and said["body"].strip() not in (b"", b"{}")
 

@@ -3,8 +3,9 @@
 
 Ray 2.60 renders a configuration with a statistics and a Prometheus page on all interfaces (ports 8404 and 9101), an
 admin socket that every user of the machine may write to, no time limit on a client's headers, 404 while no application
-runs, and 500 where no replica answers. None of that can be configured, but the binary can: RAY_SERVE_HAPROXY_BINARY_PATH names a script that calls
-this module's main, which mends the configuration and then becomes the real HAProxy.
+runs, and 500 where no replica answers. None of that can be configured, but the binary can:
+RAY_SERVE_HAPROXY_BINARY_PATH names a script that calls this module's main, which corrects the configuration and then
+becomes the real HAProxy.
 """
 
 from __future__ import annotations

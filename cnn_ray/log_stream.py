@@ -51,7 +51,7 @@ class SocketHandler(logging.Handler):
         """See `logging.Handler.emit`."""
         try:
             text = self.format(record)
-        except Exception:
+        except Exception:  # noqa: BLE001 - as every handler of logging: a log line never ends what it tells of
             return self.handleError(record)
         if self._socket is not None:
             data = text.encode("utf-8", "backslashreplace").replace(_END, b"") + _END

@@ -30,7 +30,7 @@ class Share:
     count: int
 
     def fitting(self, nodes: list[Mapping[str, float]]) -> int:
-        """Return how many of the actors the nodes have room for, given each node's CPU and GPU, but never over count."""
+        """Return how many of the actors fit on the nodes, of which each has some CPU and GPU."""
         found = 0
         for node in nodes:
             room = [

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 APP_NAME = "cnn_ray"
 READY_DEADLINE_S = 60.0
 CLOSING_S = 0.5
-"""After SIGTERM requests are taken for so long: what clients had sent before is read by then, and counts as in flight."""
+"""After SIGTERM requests are taken for so long: what clients had sent before is read by then, and is in flight."""
 REPORT_S = 2.0
 """How often a replica tells the board what it counted."""
 RAY_VARIABLES = {

@@ -52,8 +52,7 @@ def fit(job: TrainJob, run_name: str, progress_file: Path, local: bool) -> Worke
             return trainer.fit().return_value  # pyright: ignore[reportReturnType]
     except (SystemExit, KeyboardInterrupt):  # Ray's handler of Ctrl-C stops the workers, then leaves with sys.exit
         raise RunInterruptedError(
-            "Expected to finish training. Received: Ctrl-C. "
-            f"Next: the same command goes on from the last checkpoint in {job.run_uri}."
+            f"Interrupted. Run the same command to continue from the last checkpoint in {job.run_uri}."
         ) from None
     except (ray.train.TrainingFailedError, RayError) as error:
         lines = progress_file.read_text(encoding="utf-8").splitlines()

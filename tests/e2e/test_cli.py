@@ -182,7 +182,7 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path, small_models, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "the same command goes on from there" in err
+    assert "Interrupted. Run the same command to continue." in err
     assert "Traceback" not in err
     kept = {p.name: p.stat().st_mtime_ns for p in output.glob("part-*")}
     assert 2 <= len(kept) < 50
