@@ -41,9 +41,10 @@ class Share:
             found += int(min(room, default=self.count))
         return min(found, self.count)
 
-    def __str__(self) -> str:
-        each = ", each" if self.count > 1 else ""
-        return f"num_cpus {self.num_cpus:g} and num_gpus {self.num_gpus:g}{each}"
+    def describe(self, what: str) -> str:
+        """Return the actors in words; one of them is a `what`."""
+        actors = f"{self.count} {what}s, each" if self.count > 1 else f"1 {what}"
+        return f"{actors} with num_cpus {self.num_cpus:g} and num_gpus {self.num_gpus:g}"
 
 
 def require_resources(share: Share, what: str) -> None:
@@ -58,7 +59,7 @@ def require_resources(share: Share, what: str) -> None:
     if share.fitting([total]) < share.count:
         raise ConfigError(
             f"Expected what this machine has: {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs. "
-            f"Received: {share.count} {what}{'s' if share.count > 1 else ''} with {share}. "
+            f"Received: {share.describe(what)}. "
             "Next: ask for less, or set RAY_ADDRESS to a cluster that has it."
         )
 
@@ -93,7 +94,7 @@ def _missing(share: Share, what: str) -> str | None:
         return None
     cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
     return (
-        f"Expected room for {share.count} {what}{'s' if share.count > 1 else ''} with {share}. Received: a cluster of "
+        f"Expected room for {share.describe(what)}. Received: a cluster of "
         f"{len(nodes)} nodes with {cpus:g} CPUs and {gpus:g} GPUs, which has room for {fitting}. "
         "Next: wait, if its autoscaler adds nodes; else end this with Ctrl-C and ask for less."
     )
