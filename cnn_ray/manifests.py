@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from cnn_ray.tallies import BadRow, Tally, TopRow
 
-FORMAT = 2
+FORMAT = 3
+"""3: parts hold sha256, phash, model_name, model_version and run_date."""
 
 
 class FileRef(BaseModel):

@@ -66,6 +66,16 @@ def perceptual_hash(pixels: np.ndarray) -> int:
     return int(np.packbits(bits).view(np.uint64)[0])
 
 
+def picture_hash(pixels: np.ndarray) -> int:
+    """Return the pHash of uint8 [H, W, 3], shrunk to 32x32 by the mean of areas, as a signed 64-bit number."""
+    import cv2
+
+    if pixels.shape[:2] != (HASH_SIDE_PX, HASH_SIDE_PX):
+        pixels = cv2.resize(pixels, (HASH_SIDE_PX, HASH_SIDE_PX), interpolation=cv2.INTER_AREA)
+    unsigned = perceptual_hash(pixels)
+    return unsigned - (1 << 64) if unsigned >> 63 else unsigned
+
+
 def find_twins(prints: Prints) -> np.ndarray:
     """int64 [N]: the position of the first image that each looks like (its own where it has no twin), transitively."""
     parent = np.arange(len(prints.hashes))

@@ -30,8 +30,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
+from cnn_ray import manifests
 from cnn_ray.errors import NotFoundError, PlanError, QuarantineLimitError
 from cnn_ray.manifests import FileRef, Manifest, PartRecord
+from cnn_ray.plan import FORMAT as PLAN_FORMAT
 from cnn_ray.plan import Plan, Shard
 from cnn_ray.records import QUARANTINE_SCHEMA, SCORE_SCHEMA
 from cnn_ray.sorted_rows import among, in_step
@@ -184,15 +186,29 @@ class Partition:
 
     def _read(self, name: str, kind: type[ModelT]) -> ModelT | None:
         try:
-            return kind.model_validate_json(self.store.get(name))
+            raw = self.store.get(name)
         except NotFoundError:
             return None
+        self._refuse_other_format(name, raw, manifests.FORMAT if kind is Manifest else PLAN_FORMAT)
+        try:
+            return kind.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise PlanError(
                 f"Expected a whole {name} in {self.uri}. Received: {first['msg']}. "
                 "Next: choose another OUTPUT, or use the cnn_ray version that wrote it."
             ) from None
+
+    def _refuse_other_format(self, name: str, raw: bytes, expected: int) -> None:
+        try:
+            found = json.loads(raw)["format"]
+        except (ValueError, KeyError, TypeError):
+            return  # damaged, which pydantic says better
+        if found != expected:
+            raise PlanError(
+                f"Expected format {expected} in {self.store.uri_of(name)}. Received: format {found}, written by "
+                "another version of cnn_ray. Next: choose another OUTPUT, or use the version that wrote it."
+            )
 
 
 def part_bytes(scored: pa.Table, quarantined: pa.Table) -> bytes:

@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict
 from cnn_ray.errors import ConfigError
 from cnn_ray.records import PLAN_PAGE_SCHEMA
 
-FORMAT = 1
+FORMAT = 2
+"""2: the parts of the plan have the columns of manifest format 3."""
 ROWS_PER_PAGE = 16_384
 """A worker reads one page to learn its shard: half a megabyte, and 10 million objects make some 620 of them."""
 PAGE_THREADS = 4

@@ -66,6 +66,7 @@ def owed_by(
     if plan is not None:
         return Owed(plan, resumes=True)
     if manifest is None:
+        _refuse_mixed_depth(config)
         plan = make_plan(_listing(config), job.frozen, write_page)
         return Owed(plan.model_copy(update={"accept": config.accept}))
     if config.limit is not None:
@@ -106,6 +107,32 @@ def _refuse_output_in_input(input_uri: str, output_uri: str) -> None:
         raise ConfigError(
             f"Expected OUTPUT outside of INPUT. Received: {output_uri} inside {input_uri}, where the next run would "
             "take results for images. Next: choose another OUTPUT."
+        )
+
+
+def _refuse_mixed_depth(config: ScoreConfig) -> None:
+    """Return where all partitions of OUTPUT have a date, or none has one.
+
+    Spark and Polars refuse to read a folder in which some paths have a `date=` level and others have none.
+
+    Raises:
+        ConfigError: a new partition would mix the two.
+    """
+    other = "model=" if config.date is not None else "date="
+    try:
+        mixed = next(iter(open_store(config.output_uri).list(other)), None) is not None
+    except NotFoundError:
+        return
+    if mixed and config.date is None:
+        raise ConfigError(
+            f"Expected --date, as for the other runs in {config.output_uri}: readers such as Spark take a folder with "
+            "dates and without for an error. Received: no date. Next: give --date, or choose another OUTPUT."
+        )
+    if mixed:
+        raise ConfigError(
+            f"Expected a run without --date, as the other runs in {config.output_uri}: readers such as Spark take a "
+            "folder with dates and without for an error. Received: a date. Next: leave --date out, or choose "
+            "another OUTPUT."
         )
 
 

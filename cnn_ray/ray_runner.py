@@ -22,7 +22,7 @@ from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_session import connected
 from cnn_ray.records import QuarantineCode, RowFailure
 from cnn_ray.runners import load_stage_predictor
-from cnn_ray.stages import DecodedShard, StageContext, TimedPredictor, commit_shard, fetch_decode
+from cnn_ray.stages import NO_DIGEST, DecodedShard, StageContext, TimedPredictor, commit_shard, fetch_decode
 
 WAIT_FOR_NODES_S = 24 * 3600
 """Ray Data gives up after half an hour without progress; waiting for a GPU node through a night is no failure."""
@@ -132,6 +132,8 @@ class _ReadStage:
             "pixels": decoded.pixels,
             "position": decoded.position,
             "size_px": decoded.size_px,
+            "sha256": decoded.sha256,
+            "phash": decoded.phash,
             "failures": [{"row": k, "code": str(f.code), "detail": f.detail} for k, f in decoded.failures.items()],
         }
 
@@ -162,6 +164,8 @@ class _CommitStage:
             pixels=np.empty((0,), np.uint8),
             position=np.asarray(row["position"], np.int32),
             size_px=np.asarray(row["size_px"], np.int32).reshape(-1, 2),
+            sha256=np.asarray(row["sha256"], np.uint8).reshape(-1, len(NO_DIGEST)),
+            phash=np.asarray(row["phash"], np.int64),
             failures={f["row"]: RowFailure(QuarantineCode(f["code"]), f["detail"]) for f in row["failures"]},
         )
         record = commit_shard(context, decoded, np.asarray(row["scores"], np.float32))

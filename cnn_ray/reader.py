@@ -8,6 +8,7 @@ not answer, wrong credentials. Images come from attackers, so none is decoded in
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -84,10 +85,21 @@ class ImageReader:
         """
         with _fetched.holding(size_bytes):
             data = self.fetch(uri, etag)
+            return data if isinstance(data, RowFailure) else self._decode(data, out)
+
+    def read_hashed(
+        self, uri: str, out: NDArray[np.uint8], etag: str | None = None, size_bytes: int = 0
+    ) -> tuple[tuple[int, int] | RowFailure, bytes | None]:
+        """Return what `read_into` returns, and the SHA-256 of the image's bytes; None where none were read."""
+        with _fetched.holding(size_bytes):
+            data = self.fetch(uri, etag)
             if isinstance(data, RowFailure):
-                return data
-            decoders = self._decoders or shared_decoders((LARGEST_SIDE_PX, LARGEST_SIDE_PX), self._caps)
-            return decoders.decode(data, out)
+                return data, None
+            return self._decode(data, out), hashlib.sha256(data).digest()
+
+    def _decode(self, data: bytes, out: NDArray[np.uint8]) -> tuple[int, int] | RowFailure:
+        decoders = self._decoders or shared_decoders((LARGEST_SIDE_PX, LARGEST_SIDE_PX), self._caps)
+        return decoders.decode(data, out)
 
     def read(self, uri: str, size_px: tuple[int, int], etag: str | None = None) -> DecodedImage | RowFailure:
         """Return the image at `size_px` (height, width), or the failure. See `read_into`."""

@@ -52,19 +52,29 @@ SCORE_SCHEMA = pa.schema(
         pa.field("uri", pa.string(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
         pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("phash", pa.int64(), nullable=False),
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
         pa.field("label", pa.string(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
         pa.field("scores", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
         pa.field("flagged", pa.bool_(), nullable=False),
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("version", pa.int32(), nullable=False),
+        pa.field("model_name", pa.string(), nullable=False),
+        pa.field("model_version", pa.int32(), nullable=False),
+        pa.field("run_date", pa.date32()),
         pa.field("generation", pa.int32(), nullable=False),
     ]
 )
 """One row per scored image. `score` is the score of `label`, `scores` are in label order, and `flagged` says that the
-positive label's score reached the threshold. Columns of a manifest input follow with the prefix `input_`."""
+positive label's score reached the threshold. `sha256` is the hex digest of the image file's bytes. `phash` holds the 64
+bits of the perceptual hash (`near_duplicates.perceptual_hash`) of the picture as the model sees it, as a signed number,
+because Spark, Athena and Delta Lake have no unsigned one; pictures look alike where bit_count(xor(a, b)) is small.
+
+No column is called `date`, `model` or `version`: those are the names of the folders, which readers with Hive partitions
+add as columns, each reader with a type of its own. A file column of the same name and another type is an error for
+pandas and Arrow. `run_date`, `model_name` and `model_version` say the same to readers that know only files, with one
+type everywhere. Columns of a manifest input follow with the prefix `input_`; they are text."""
 
 QUARANTINE_SCHEMA = pa.schema(
     [
@@ -72,8 +82,10 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field("etag", pa.string(), nullable=False),
         pa.field("code", pa.string(), nullable=False),
         pa.field("detail", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),
     ]
 )
+"""One row per image that could not be scored. `sha256` is null where no bytes were read."""
 
 INPUT_PREFIX = "input_"
 

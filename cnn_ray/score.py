@@ -276,6 +276,7 @@ def _stage_context(job: ScoreJob, plan: Plan) -> StageContext:
         fetch_concurrency=config.fetch_concurrency or (S3_FETCHES if uri.startswith("s3://") else cpu_count()),
         num_decoders=1 if wants_ray(config) else cpu_count(),  # a Ray task that reads has one CPU
         batch_size=config.batch_size,
+        run_date=config.date,
     )
 
 

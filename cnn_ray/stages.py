@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date as Date
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from cnn_ray.images import ImageCaps
 from cnn_ray.manifest_listing import ABSENT, DENIED, NOT_ALLOWED
 from cnn_ray.manifests import PartRecord
 from cnn_ray.memory import keep_freed_memory
+from cnn_ray.near_duplicates import picture_hash
 from cnn_ray.outputs import Partition
 from cnn_ray.plan import Plan, Shard, shard_rows
 from cnn_ray.predictor import Predictor
@@ -30,6 +32,8 @@ from cnn_ray.reader import ImageReader, close_decoders, shared_decoders
 from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema
 from cnn_ray.stores import stores_of
 
+NO_DIGEST = bytes(32)
+"""Stands for the SHA-256 of a row whose bytes were not read; no file has it."""
 PROBES = 16
 """Rows tried elsewhere in the plan before a wholly denied shard is taken for bad rows and not for a bad key."""
 
@@ -45,6 +49,7 @@ class StageContext:
     fetch_concurrency: int
     num_decoders: int
     batch_size: int
+    run_date: Date | None = None
 
     @property
     def caps(self) -> ImageCaps:
@@ -58,13 +63,16 @@ class DecodedShard:
     """Images of a shard that could be read, and the failures of those that could not.
 
     pixels: uint8 [K, H, W, 3]; position: int32 [K], their rows in the shard; size_px: int32 [K, 2], original width and
-    height; failures: row in the shard -> failure.
+    height; sha256: uint8 [N, 32] of all rows' bytes, zeros where none were read; phash: int64 [K]; failures: row in the
+    shard -> failure.
     """
 
     shard: Shard
     pixels: NDArray[np.uint8]
     position: NDArray[np.int32]
     size_px: NDArray[np.int32]
+    sha256: NDArray[np.uint8]
+    phash: NDArray[np.int64]
     failures: dict[int, RowFailure]
 
     def without_pixels(self) -> DecodedShard:
@@ -84,21 +92,24 @@ def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
     pixels = np.empty((len(uris), height, width, 3), np.uint8)
     read = functools.partial(_read_image, _reader(context))
     columns = (uris, rows["etag"].to_pylist(), rows["size_bytes"].to_pylist(), pixels)
-    results = list(_fetch_pool(context.fetch_concurrency).map(read, *columns))
-    failures = {k: result for k, result in enumerate(results) if isinstance(result, RowFailure)}
+    images = list(_fetch_pool(context.fetch_concurrency).map(read, *columns))
+    failures = {k: image.result for k, image in enumerate(images) if isinstance(image.result, RowFailure)}
     if (
         failures
         and all(f.code == QuarantineCode.ACCESS_DENIED for f in failures.values())
         and len(failures) == len(uris)
     ):
         _refuse_if_all_denied(context)
-    position = np.array([k for k in range(len(results)) if k not in failures], np.int32)
-    sizes = [result for result in results if not isinstance(result, RowFailure)]
+    position = np.array([k for k in range(len(images)) if k not in failures], np.int32)
+    sizes = [image.result for image in images if not isinstance(image.result, RowFailure)]
+    digests = b"".join(image.sha256 or NO_DIGEST for image in images)
     return DecodedShard(
         shard=shard,
         pixels=pixels[position] if failures else pixels,
         position=position,
         size_px=np.array(sizes, np.int32).reshape(-1, 2),
+        sha256=np.frombuffer(digests, np.uint8).reshape(-1, len(NO_DIGEST)),
+        phash=np.array([images[k].phash for k in position], np.int64),
         failures=failures,
     )
 
@@ -107,7 +118,7 @@ def commit_shard(context: StageContext, decoded: DecodedShard, scores: NDArray[n
     """What the shard's part holds after it was committed; scores are float32 [K, C] of the decoded images."""
     rows = planned_rows(context, decoded.shard)
     scored = _scored_table(context, rows, decoded, scores)
-    quarantined = _quarantine_table(rows, decoded.failures)
+    quarantined = _quarantine_table(rows, decoded)
     positive = positive_index(context.artifact)
     return _partition(context.partition_uri).commit_part(decoded.shard, scored, quarantined, rows.num_rows, positive)
 
@@ -178,11 +189,22 @@ def cancel_fetches() -> None:
     close_decoders()
 
 
-def _read_image(
-    reader: ImageReader, uri: str, etag: str, size_bytes: int, out: NDArray[np.uint8]
-) -> tuple[int, int] | RowFailure:
-    """Decode the image into `out` and return the original's width and height, or the failure."""
-    return _FROZEN_FAILURES.get(etag) or reader.read_into(uri, out, etag, size_bytes)
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """Width and height of one image or its failure, and the hashes of its bytes and of its picture."""
+
+    result: tuple[int, int] | RowFailure
+    sha256: bytes | None = None
+    phash: int = 0
+
+
+def _read_image(reader: ImageReader, uri: str, etag: str, size_bytes: int, out: NDArray[np.uint8]) -> _Image:
+    """Decode the image into `out`."""
+    failure = _FROZEN_FAILURES.get(etag)
+    if failure is not None:
+        return _Image(failure)
+    result, sha256 = reader.read_hashed(uri, out, etag, size_bytes)
+    return _Image(result, sha256, 0 if isinstance(result, RowFailure) else picture_hash(out))
 
 
 _FROZEN_FAILURES = {
@@ -227,21 +249,29 @@ def _scored_table(
         "uri": picked["uri"],
         "etag": picked["etag"],
         "size_bytes": picked["size_bytes"],
+        "sha256": pa.array([_hex(digest) for digest in decoded.sha256[decoded.position]], pa.string()),
+        "phash": pa.array(decoded.phash, pa.int64()),
         "width_px": pa.array(decoded.size_px[:, 0]),
         "height_px": pa.array(decoded.size_px[:, 1]),
         "label": pa.array([artifact.labels[k] for k in best], pa.string()),
         "score": pa.array(scores[np.arange(count), best], pa.float32()),
         "scores": pa.array(list(scores), schema.field("scores").type),
         "flagged": pa.array(flagged),
-        "model": pa.array([artifact.name] * count, pa.string()),
-        "version": pa.array([artifact.version] * count, pa.int32()),
+        "model_name": pa.array([artifact.name] * count, pa.string()),
+        "model_version": pa.array([artifact.version] * count, pa.int32()),
+        "run_date": pa.array([context.run_date] * count, pa.date32()),
         "generation": pa.array([decoded.shard.generation] * count, pa.int32()),
         **{field.name: picked[field.name] for field in extra},
     }
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _quarantine_table(rows: pa.Table, failures: dict[int, RowFailure]) -> pa.Table:
+def _hex(digest: NDArray[np.uint8]) -> str | None:
+    return digest.tobytes().hex() if digest.any() else None
+
+
+def _quarantine_table(rows: pa.Table, decoded: DecodedShard) -> pa.Table:
+    failures = decoded.failures
     picked = rows.take(pa.array(sorted(failures), pa.int32()))
     ordered = [failures[k] for k in sorted(failures)]
     return pa.Table.from_arrays(
@@ -250,6 +280,7 @@ def _quarantine_table(rows: pa.Table, failures: dict[int, RowFailure]) -> pa.Tab
             picked["etag"],
             pa.array([str(failure.code) for failure in ordered], pa.string()),
             pa.array([failure.detail for failure in ordered], pa.string()),
+            pa.array([_hex(decoded.sha256[k]) for k in sorted(failures)], pa.string()),
         ],
         schema=QUARANTINE_SCHEMA,
     )

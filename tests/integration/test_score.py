@@ -1,5 +1,6 @@
 """The scoring run on the local runner: what is written, resumed, refused. test_ray.py compares the Ray runner."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from cnn_ray.errors import (
 )
 from cnn_ray.images import ImageCaps, decode
 from cnn_ray.lease import Lease
+from cnn_ray.near_duplicates import picture_hash
 from cnn_ray.predictor import load_predictor
 from cnn_ray.records import SCORE_SCHEMA, RowFailure
 from cnn_ray.storage import LocalStore, open_store
@@ -69,7 +71,48 @@ def test_rows_hold_what_the_predictor_says(tmp_path, small_models, small_artifac
         assert row["label"] == small_artifact.labels[int(np.argmax(scores))]
         assert row["score"] == scores.max()
         assert row["flagged"] == (scores[1] >= 0.5)
-        assert (row["width_px"], row["height_px"], row["version"], row["generation"]) == (40, 30, 1, 1)
+        assert (row["width_px"], row["height_px"], row["generation"]) == (40, 30, 1)
+        assert (row["model_name"], row["model_version"], row["run_date"]) == ("small", 1, None)
+        assert row["sha256"] == hashlib.sha256(Path(row["uri"]).read_bytes()).hexdigest()
+        assert row["phash"] == picture_hash(image.pixels)
+
+
+def test_quarantined_rows_have_the_hash_of_the_bytes_that_were_read(tmp_path, small_models):
+    source = write_images(tmp_path / "in", 4, bad=2)
+    lines = ["uri", *(str(path) for path in sorted(source.iterdir())), "gone.png"]
+    (source / "list.csv").write_text("\n".join(lines))
+    settings = config(small_models, source / "list.csv", tmp_path / "out", max_quarantine_rate=1)
+    bad = outputs.read_quarantine(score.run_score(settings).partition_uri)
+    found = dict(zip(bad["uri"].to_pylist(), bad["sha256"].to_pylist(), strict=True))
+    assert found == {
+        str(source / "bad-0000.png"): hashlib.sha256(b"").hexdigest(),
+        str(source / "bad-0001.png"): hashlib.sha256((source / "bad-0001.png").read_bytes()).hexdigest(),
+        str(source / "gone.png"): None,
+    }
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, "2026-11-23"), ("2026-11-23", None)])
+def test_dated_and_undated_runs_do_not_share_an_output(tmp_path, small_models, first, second):
+    source = write_images(tmp_path / "in", 2)
+    score.run_score(config(small_models, source, tmp_path / "out", date=first))
+    with pytest.raises(ConfigError, match="choose another OUTPUT"):
+        score.run_score(config(small_models, source, tmp_path / "out", date=second))
+    again = score.run_score(config(small_models, source, tmp_path / "out", date=first))
+    assert again.manifest.scored == 2
+
+
+def test_a_partition_of_another_format_is_refused(tmp_path, small_models):
+    source = write_images(tmp_path / "in", 2)
+    uri = Path(score.run_score(config(small_models, source, tmp_path / "out")).partition_uri)
+    manifest = uri / "_manifest-g0001.json"
+    older = json.loads(manifest.read_text()) | {"format": 2}
+    manifest.write_text(json.dumps(older))
+    for use in (
+        lambda: outputs.read(str(uri)),
+        lambda: score.run_score(config(small_models, source, tmp_path / "out")),
+    ):
+        with pytest.raises(PlanError, match="Received: format 2"):
+            use()
 
 
 def test_plain_readers_see_one_table(tmp_path, small_models):

@@ -15,7 +15,7 @@ from cnn_ray import report
 from cnn_ray.charts import commit_rates
 from cnn_ray.comparison import Night, chance_psi, compare, percent
 from cnn_ray.config import ScoreConfig
-from cnn_ray.manifests import Manifest
+from cnn_ray.manifests import FORMAT, Manifest
 from cnn_ray.outputs import Partition
 from cnn_ray.partitions import partition_uri
 from cnn_ray.report import ReportData, build_report, previous_night, write_report
@@ -273,7 +273,7 @@ def test_throughput_is_the_rate_between_commits_and_bounded():
 
 
 def manifest(**changed) -> Manifest:
-    files = {"parts": (), "quarantine": (), "superseded": (), "generations": (), "format": 2}
+    files = {"parts": (), "quarantine": (), "superseded": (), "generations": (), "format": FORMAT}
     strings = dict.fromkeys(("model_digest", "engine", "precision", "runner", "started_at", "finished_at"), "x")
     model = {"label_names": ("legitimate", "phishing"), "positive_label": "phishing", "threshold": 0.5}
     return Manifest(**{**night().model_dump(), **files, **strings, **model, "config": {"model": "shots@3"}, **changed})
