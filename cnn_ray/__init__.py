@@ -25,7 +25,8 @@ Bytes in, bytes out.
     storage.py        local folders; open_store(uri)
     stores.py         the stores of a job: one per bucket and process
     memory.py         what a process does with memory that it frees
-    image_files.py    what a file is, from its first bytes
+    image_formats.py  which format a file has, from its first bytes
+    image_files.py    the size, orientation and pixel data of a file, before anything is decoded
     image_bodies.py   an HTTP body that is an image, or a form with one
     openapi_schemas.py the JSON of both protocols as JSON Schema
     openapi.py        the OpenAPI document of the endpoint

@@ -13,7 +13,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from cnn_ray.image_files import ALLOWED_FORMATS
+from cnn_ray.image_formats import ALLOWED_FORMATS
 from cnn_ray.json_bodies import shown
 from cnn_ray.request_errors import RequestError, UnsupportedTypeError
 

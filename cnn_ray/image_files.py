@@ -15,38 +15,28 @@ from dataclasses import dataclass
 
 import deflate
 
+from cnn_ray.image_formats import RefusedError, format_of, unsupported
 from cnn_ray.records import QuarantineCode
-
-ALLOWED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 _MAX_PARTS = 65_536  # chunks, segments or blocks: each costs a turn of a Python loop, under the GIL
 _MAX_SCANS = 100  # libjpeg visits every block once per scan; encoders write about 10, an attacker a million
-_OTHER_MAGIC = (
-    (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "TIFF"), (b"MM\0+", "TIFF"), (b"8BPS", "PSD"),
-    (b"\0\0\1\0", "ICO"), (b"\0\0\2\0", "CUR"), (b"%PDF-", "PDF"), (b"%!PS", "EPS"), (b"\xc5\xd0\xd3\xc6", "EPS"),
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"), (b"\xff\x0a", "JPEG XL"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"DDS ", "DDS"), (b"icns", "ICNS"), (b"qoif", "QOI"), (b"#?RADIANCE", "HDR"),
-    (b"\x76\x2f\x31\x01", "EXR"), (b"\xd7\xcd\xc6\x9a", "WMF"), (b"\x8aMNG", "MNG"), (b"gimp xcf", "XCF"),
-    (b"AT&TFORM", "DjVu"), (b"II\xbc\1", "JPEG XR"),
-)  # fmt: skip
-_ISO_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF"}
-_SVG = re.compile(rb"(?:<\?xml|<!--|<!doctype\s+svg|<(?:\w+:)?svg[\s>/])", re.I)
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PARTS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MOST_STORED_BYTES = 48 * 1024**2
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.S)  # the others are stuffing, fill and restarts
-_JPEG_FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA, 0xCB)
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended sequential and progressive, with Huffman codes
+_JPEG_OTHERS = {
+    **dict.fromkeys((0xC3, 0xC7, 0xCB, 0xCF), "lossless JPEG"),
+    **dict.fromkeys((0xC5, 0xC6, 0xDE, 0xDF), "hierarchical JPEG"),
+    **dict.fromkeys((0xC9, 0xCA, 0xCD, 0xCE), "JPEG with arithmetic codes"),
+    0xC8: "JPEG with extensions",
+    0xF7: "JPEG-LS",
+}
+"""Processes of ITU T.81 (and T.87) that the decoder does not fully support: libjpeg-turbo's scaled decode of a lossless
+JPEG writes past the end of its buffer."""
 _JPEG_TABLES = (0xC4, 0xCC, 0xDB, 0xDD)
-
-
-class RefusedError(Exception):
-    """Bytes that will not be decoded. It never leaves `cnn_ray.images.decode`, which makes it a RowFailure."""
-
-    def __init__(self, code: QuarantineCode, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,35 +61,11 @@ def read(data: bytes) -> ImageFile:
 
     Raises: RefusedError (not_an_image, unsupported_format, truncated, too_large, decode_error).
     """
-    name = _format(data)
+    name = format_of(data)
     try:
         return _WALKS[name](data)
     except (IndexError, struct.error):  # the walk read past the end
         raise RefusedError(QuarantineCode.TRUNCATED, f"{name} ends too early") from None
-
-
-def _format(data: bytes) -> str:
-    head = data[:4096]
-    if head.startswith(b"\x89PNG"):
-        return "PNG"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    # "BM" alone begins many a text: the length of the second header decides.
-    if head[:2] == b"BM" and head[14:18] in [struct.pack("<I", n) for n in (12, 40, 52, 56, 64, 108, 124)]:
-        return "BMP"
-    other = next((name for magic, name in _OTHER_MAGIC if head.startswith(magic)), None)
-    if head[4:8] == b"ftyp":
-        other = _ISO_BRANDS.get(head[8:12])
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if _SVG.match(text) and re.search(rb"<(?:\w+:)?svg[\s>/]", text, re.I) and not re.search(rb"<html", text, re.I):
-        other = "SVG"
-    if other:
-        raise RefusedError(QuarantineCode.UNSUPPORTED_FORMAT, f"{other}; allowed are {', '.join(ALLOWED_FORMATS)}")
-    raise RefusedError(QuarantineCode.NOT_AN_IMAGE, "no image format begins like this")
 
 
 def _corrupt(detail: str) -> RefusedError:
@@ -238,21 +204,38 @@ def _walk_jpeg(data: bytes) -> ImageFile:
             raise _cut("JPEG ends before its first scan")
         body = data[start + 4 : position]
         if marker in _JPEG_FRAMES:
-            if size != (0, 0):
+            if components:
                 raise _corrupt("JPEG has two frame headers")
-            size, components = struct.unpack_from(">HH", body, 1), body[5]
-        elif 0xC0 <= marker <= 0xCF and marker not in _JPEG_TABLES:
-            raise RefusedError(QuarantineCode.UNSUPPORTED_FORMAT, f"JPEG process SOF{marker & 15}")
+            size, components = _jpeg_frame(body)
+        elif marker in _JPEG_OTHERS:
+            raise unsupported(_JPEG_OTHERS[marker])
         elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
             orientation = exif_orientation(body[6:])
         # JFIF and Adobe segments say how to read the colours; all others go.
         colours = (marker == 0xE0 and body.startswith(b"JFIF\0")) or (marker == 0xEE and body.startswith(b"Adobe"))
         if marker in _JPEG_FRAMES or marker in _JPEG_TABLES or colours:
             parts.append(data[start:position])
+        if marker == 0xDA and not components:
+            raise _corrupt("JPEG has a scan before its frame header")
         if marker == 0xDA:
             parts.append(data[start : _jpeg_end(data, position)])
             return ImageFile("JPEG", b"".join(parts), size[1], size[0], orientation, components=components)
     raise _corrupt(f"JPEG has more than {_MAX_PARTS} segments")
+
+
+def _jpeg_frame(body: bytes) -> tuple[tuple[int, int], int]:
+    """Return (height, width) and the number of components of a frame header that the decoder supports."""
+    depth, height, width, components = struct.unpack_from(">BHHB", body)
+    if depth != 8:
+        raise unsupported(f"JPEG with {depth} bits a sample")
+    if components not in (1, 3, 4):
+        raise unsupported(f"JPEG with {components} components")
+    if height == 0:
+        raise unsupported("JPEG whose height follows its first scan (DNL)")
+    factors = [body[7 + 3 * k] for k in range(components)]
+    if any(not (1 <= factor >> 4 <= 4 and 1 <= factor & 15 <= 4) for factor in factors):
+        raise _corrupt("JPEG has sampling factors outside of 1 to 4")
+    return (height, width), components
 
 
 def _jpeg_end(data: bytes, position: int) -> int:
@@ -265,6 +248,8 @@ def _jpeg_end(data: bytes, position: int) -> int:
         position, marker = found.end(), found.group()[1]
         if marker == 0xD9:
             return position
+        if marker in _JPEG_FRAMES or marker in _JPEG_OTHERS:
+            raise _corrupt("JPEG has a frame header between its scans")
         scans += marker == 0xDA
         if scans > _MAX_SCANS:
             raise RefusedError(QuarantineCode.TOO_LARGE, f"JPEG has more than {_MAX_SCANS} scans")
@@ -310,7 +295,7 @@ def _walk_bmp(data: bytes) -> ImageFile:
     width, height, _, _, compression = struct.unpack_from("<iiHHI", data, 18)
     if compression not in (0, 3):
         # Pillow undoes run lengths pixel by pixel in Python: a minute under the GIL for 64 MP. Nobody writes them.
-        raise RefusedError(QuarantineCode.UNSUPPORTED_FORMAT, f"BMP compression {compression}")
+        raise unsupported(f"BMP with compression {compression}")
     return ImageFile("BMP", data, width, abs(height))
 
 

@@ -25,7 +25,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cnn_ray import image_files
-from cnn_ray.image_files import ALLOWED_FORMATS, ImageFile, RefusedError
+from cnn_ray.image_files import ImageFile
+from cnn_ray.image_formats import ALLOWED_FORMATS, RefusedError
 from cnn_ray.records import QuarantineCode, RowFailure
 
 __all__ = ["ALLOWED_FORMATS", "RESIZE_RULE", "DecodedImage", "ImageCaps", "decode", "warm_up"]

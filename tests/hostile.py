@@ -298,9 +298,9 @@ def _broken_jpeg(drawn: Image.Image, chance: random.Random) -> Corpus:
 
     return {
         "jpeg-scan-bomb.jpg": (progressive[:-2] + last * 150 + b"\xff\xd9", "too_large"),
-        "jpeg-zero-high.jpg": (framed(5, b"\0\0"), "decode_error"),
+        "jpeg-zero-high.jpg": (framed(5, b"\0\0"), "unsupported_format"),
         "jpeg-zero-wide.jpg": (framed(7, b"\0\0"), "decode_error"),
-        "jpeg-lossless.jpg": (framed(1, b"\xc3"), "decode_error"),
+        "jpeg-lossless.jpg": (framed(1, b"\xc3"), "unsupported_format"),
         "jpeg-arithmetic-hierarchical.jpg": (framed(1, b"\xcd"), "unsupported_format"),
         "jpeg-12-bit.jpg": (framed(4, b"\x0c"), "unsupported_format"),
         "jpeg-two-frames.jpg": (good[:frame] + good[frame : frame + 19] + good[frame:], "decode_error"),

@@ -591,3 +591,105 @@ def test_jpeg_cut_and_closed_again_is_truncated(progressive: bool) -> None:
         closed = data[:-missing].rstrip(b"\xff") + b"\xff\xd9"
         Image.open(io.BytesIO(closed)).load()
         assert failure(closed).code == Q.TRUNCATED
+
+
+def lossless_jpeg(width: int, height: int, marker: int = 0xC3) -> bytes:
+    """A grey lossless JPEG whose pixels are all 128: each difference is 0, whose only code is one zero bit."""
+
+    def segment(kind: int, body: bytes) -> bytes:
+        return b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+
+    return (
+        b"\xff\xd8"
+        + segment(0xC4, b"\0" + bytes([1] + [0] * 15) + b"\0")
+        + segment(marker, struct.pack(">BHHB", 8, height, width, 1) + b"\1\x11\0")
+        + segment(0xDA, b"\1\1\0\1\0\0")
+        + bytes((width * height + 7) // 8)
+        + b"\xff\xd9"
+    )
+
+
+JPEG_PROCESSES = {
+    **dict.fromkeys((0xC3, 0xC7, 0xCB, 0xCF), "lossless JPEG"),
+    **dict.fromkeys((0xC5, 0xC6, 0xDE), "hierarchical JPEG"),
+    **dict.fromkeys((0xC9, 0xCA, 0xCD, 0xCE), "JPEG with arithmetic codes"),
+    0xF7: "JPEG-LS",
+}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (150, 150), (640, 360), (4000, 3000)])
+@pytest.mark.parametrize("marker", JPEG_PROCESSES)
+def test_a_jpeg_process_that_the_decoder_lacks_is_refused_by_its_header(marker, size):
+    refused = failure(lossless_jpeg(*size, marker))
+    assert (refused.code, JPEG_PROCESSES[marker] in refused.detail) == (Q.UNSUPPORTED_FORMAT, True), refused
+
+
+def test_a_second_frame_header_between_scans_is_refused():
+    baseline = encode(PAGE, "JPEG")
+    lossless = lossless_jpeg(640, 360)
+    assert failure(baseline[:-2] + lossless[2:]).code == Q.DECODE_ERROR
+
+
+@pytest.mark.parametrize(("components", "depth"), [(2, 8), (5, 8), (0, 8), (3, 12), (1, 16)])
+def test_a_jpeg_with_odd_components_or_depth_is_unsupported(components, depth):
+    frame = struct.pack(">BHHB", depth, 8, 8, components) + b"".join(bytes([k, 0x11, 0]) for k in range(components))
+    header = b"\xff\xd8\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame
+    assert failure(header + lossless_jpeg(8, 8)[2:]).code == Q.UNSUPPORTED_FORMAT
+
+
+def boxes(*brands: bytes) -> bytes:
+    body = brands[0] + bytes(4) + b"".join(brands[1:])
+    return struct.pack(">I", 8 + len(body)) + b"ftyp" + body + bytes(64)
+
+
+NAMED = {
+    "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n",
+    "JPEG XL": b"\xff\x0a" + bytes(20),
+    "JPEG XR": b"II\xbc\1" + bytes(20),
+    "HEIC": boxes(b"heic", b"mif1", b"heic"),
+    "HEIC burst": boxes(b"hevc", b"msf1", b"hevc"),
+    "HEIC by a compatible brand": boxes(b"mif1", b"mif1", b"heix"),
+    "HEIF": boxes(b"mif1", b"mif1"),
+    "AVIF": boxes(b"avif", b"mif1", b"miaf"),
+    "AVIF by a compatible brand": boxes(b"mif1", b"mif1", b"avif"),
+    "PPM": b"P6\n2 2\n255\n" + bytes(12),
+    "PGM": b"P5 2 2 255\n" + bytes(4),
+    "PBM": b"P1\n# drawn\n2 2\n0 1 1 0\n",
+    "PAM": b"P7\nWIDTH 2\n",
+    "PCX": b"\n\5\1\x08" + bytes(124),
+    "TGA": b"\0\0\2" + bytes(9) + struct.pack("<HHBB", 4, 4, 24, 0) + bytes(48),
+    "TGA by its footer": bytes(30) + b"\0\0\0\0\0\0\0\0TRUEVISION-XFILE.\0",
+    "Apple's CgBI PNG": b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI\x50\0\x20\2" + bytes(40),
+    "TIFF": b"II*\0" + bytes(20),
+    "BigTIFF": b"MM\0+" + bytes(20),
+    "SVG": b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "QOI": b"qoif" + bytes(20),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_known_format_that_is_not_read_has_its_name(name):
+    refused = failure(NAMED[name])
+    assert refused.code == Q.UNSUPPORTED_FORMAT
+    assert refused.detail.startswith(name.split(" b")[0]), refused.detail
+
+
+NO_IMAGES = {
+    "an HTML page": b"<!DOCTYPE html>\n<html><body>404</body></html>",
+    "JSON": b'{"error": "gone"}',
+    "XML": b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>",
+    "gzip data": b"\x1f\x8b\x08" + bytes(20),
+    "a ZIP archive": b"PK\3\4" + bytes(20),
+    "a video": boxes(b"isom", b"mp42"),
+    "a macOS AppleDouble file": b"\0\5\026\7\0\2\0\0Mac OS X        ",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+    "no image format": b"hello\n",
+    "no image format begins like this": bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_bytes_that_are_no_image_are_named_where_that_helps(name):
+    refused = failure(NO_IMAGES[name])
+    assert refused.code == Q.NOT_AN_IMAGE
+    assert refused.detail.startswith(name), refused.detail
