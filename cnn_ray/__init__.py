@@ -16,6 +16,7 @@ Domain: no clock, network, Ray or TensorFlow.
     open_inference.py the Open Inference Protocol v2: routes and answers
 
 Bytes in, bytes out.
+    user_folders.py   folders that any user may write, without a home too
     machine_errors.py what this machine lacks, whichever library met it first
     storage_base.py   the interface of a store, and what its implementations share
     storage_retry.py  which failures are tried again, how often and how long

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cnn_ray.config import REFERENCE_PATTERN, ModelDefinition
 from cnn_ray.errors import ArtifactError, ConfigError, NotFoundError
 from cnn_ray.storage import Store, open_store
+from cnn_ray.user_folders import cache_folder
 
 FORMAT = 1
 DESCRIPTION = "artifact.json"
@@ -236,11 +236,6 @@ def fetch_files(artifact: Artifact, names: tuple[str, ...]) -> Path:
             _download(store, name, target)
         _check_file(artifact, name, target)
     return folder
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for cnn_ray (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnn_ray"
 
 
 def _download(store: Store, name: str, target: Path) -> None:

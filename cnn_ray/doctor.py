@@ -28,6 +28,7 @@ from cnn_ray.config import (
 from cnn_ray.doctor_finding import Finding, error, ok, warning
 from cnn_ray.errors import CnnRayError, ConfigError
 from cnn_ray.partitions import fill_date
+from cnn_ray.user_folders import home_folder
 from cnn_ray.yaml_files import parse_yaml
 
 DEADLINE_S = 10.0
@@ -66,7 +67,7 @@ def machine_findings(wants_cluster: bool, serve_ports: Sequence[int]) -> list[Fi
         *machine.read_disk_findings(),
         *machine.timeout_findings(os.environ),
         *security.port_findings(security.listening(), token_mode=token_mode, serve_ports=serve_ports),
-        *security.token_findings(os.environ, Path.home(), wanted=wants_cluster),
+        *security.token_findings(os.environ, home_folder(), wanted=wants_cluster),
         security.haproxy_finding(Path(os.environ.get(security.HAPROXY_VARIABLE, security.HAPROXY_SOCKET))),
     ]
 

@@ -14,9 +14,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
+
+from cnn_ray.errors import ConfigError
 
 BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 HEADERS_TIMEOUT_S = 10
@@ -25,6 +29,8 @@ REPLAYED_BYTES = 512 * 1024
 """A request of at most this size whose replica dies before it answers goes to another one."""
 _LOST = b'{"error": "No replica can answer now. Next: try again."}'
 _CLOSED = '{\\"error\\": \\"The endpoint is starting or shutting down. Next: try again.\\"}'
+_LONGEST_FOLDER = 38
+"""HAProxy takes socket paths of 97 characters, and Ray puts a node's id of 56 between the folder and the socket."""
 _MIN_DRAINING_S = 2
 """A replica that goes away is reachable for so long: HAProxy has its new list of replicas by then."""
 _MENDED = "# mended by cnn_ray\n"
@@ -52,6 +58,25 @@ _HEALTHY_WITHOUT_REPLICAS = re.compile(
 )
 
 
+@contextmanager
+def private_folder() -> Generator[Path]:
+    """Inside, there is a folder of this user alone, with a path so short that HAProxy's sockets fit below it.
+
+    Raises:
+        ConfigError: no temporary folder has a short path.
+    """
+    usual = ("/tmp", "/dev/shm")  # noqa: S108 - a new folder below them, for this user alone
+    for base in (tempfile.gettempdir(), *usual):
+        if len(base) + len("/ha-12345678") <= _LONGEST_FOLDER and os.access(base, os.W_OK | os.X_OK):
+            with tempfile.TemporaryDirectory(prefix="ha-", dir=base) as folder:
+                yield Path(folder)
+            return
+    raise ConfigError(
+        "Expected a temporary folder with a short path for HAProxy's sockets. "
+        f"Received: {tempfile.gettempdir()}. Next: set TMPDIR to a path of at most {_LONGEST_FOLDER - 12} characters."
+    )
+
+
 def environment(folder: Path) -> dict[str, str]:
     """The variables with which a Ray must be started whose Serve is to use HAProxy, safely.
 
@@ -73,10 +98,10 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         BINARY_VARIABLE: str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "s"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_MAXCONN": str(MAX_CONNECTIONS),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),

@@ -9,7 +9,6 @@ import functools
 import io
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from cnn_ray.errors import DataError, NotFoundError
 from cnn_ray.node_files import local_copy
 from cnn_ray.storage import open_store
+from cnn_ray.user_folders import home_folder
 
 KERAS_CIFAR10 = "keras.datasets.cifar10"
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -166,7 +166,7 @@ def _keras_cifar10() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         reason = " ".join(str(error).split())[:160]
         raise DataError(
             f"Expected to download CIFAR-10 through keras.datasets. Received: {reason}. "
-            f"Next: run with network once, put cifar-10-batches-py into {Path.home() / '.keras' / 'datasets'}, "
+            f"Next: run with network once, put cifar-10-batches-py into {home_folder() / '.keras' / 'datasets'}, "
             "or give an .npz of encoded images as data.uri."
         ) from None
     pixels = np.concatenate([train, test])

@@ -20,6 +20,8 @@ _FULL = re.compile(r"no space left on device|disk quota exceeded|errno ?[:=]? ?2
 _READ_ONLY = re.compile(r"(permission denied|read-only file system)[^'\"]*['\"]?(/[^'\":,\s]*)?", re.IGNORECASE)
 _MANY_FILES = re.compile(r"too many open files", re.IGNORECASE)
 _NO_HOME = re.compile(r"could not determine home directory", re.IGNORECASE)
+_NO_TEMPORARY = re.compile(r"no usable temporary directory", re.IGNORECASE)
+_LONG_SOCKET = re.compile(r"AF_UNIX path", re.IGNORECASE)
 _FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
 _DENIED_NUMBERS = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST_CHAIN = 20
@@ -39,6 +41,10 @@ def explain_machine_error(error: BaseException) -> CnnRayError | None:
             )
         if number in _DENIED_NUMBERS or (number is None and isinstance(seen, OSError) and _READ_ONLY.search(text)):
             return unwritable(_path_of(seen), os.strerror(number) if number else text[:200])
+        if _LONG_SOCKET.search(text):
+            return unwritable(None, text[:200], "set TMPDIR to a folder with a shorter path")
+        if _NO_TEMPORARY.search(text):
+            return unwritable(None, "no temporary folder that can be written", "set TMPDIR to a folder that can")
         if _NO_HOME.search(text):
             return ConfigError("Expected a home folder. Received: none. Next: set HOME to a folder of yours.")
         if isinstance(seen, MemoryError):
@@ -59,20 +65,20 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
         current = inner if isinstance(inner, BaseException) else current.__cause__ or current.__context__
 
 
-def unwritable(path: str | None, reason: str) -> ConfigError:
+def unwritable(path: str | None, reason: str, advice: str | None = None) -> ConfigError:
     """Return the error for a place that cannot be written, which names the variable that moves it, if one does."""
     shown = path or "a folder"
-    return ConfigError(f"Expected to write {shown}. Received: {reason}. Next: {_advice(path)}.")
+    return ConfigError(f"Expected to write {shown}. Received: {reason}. Next: {advice or _advice(path)}.")
 
 
 def _advice(path: str | None) -> str:
     if path is not None:
-        temporary = _temporary_folder()
         for variable, folder in (
-            ("RAY_TMPDIR", os.environ.get("RAY_TMPDIR") or "/tmp/ray"),  # noqa: S108 - Ray's own default
+            ("RAY_TMPDIR", os.environ.get("RAY_TMPDIR")),
             ("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME")),
             ("HOME", os.environ.get("HOME")),
-            ("TMPDIR", temporary),
+            ("TMPDIR", _temporary_folder()),
+            ("TMPDIR", "/tmp"),  # noqa: S108 - where Ray goes without it
         ):
             if folder and _is_below(path, folder):
                 return f"set {variable} to a folder that can be written"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cnn_ray.artifact import cache_folder
 from cnn_ray.storage import open_store, split_uri
+from cnn_ray.user_folders import cache_folder
 
 
 def local_copy(uri: str) -> Path:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cnn_ray.errors import UnavailableError
+from cnn_ray.machine_errors import explain_machine_error
+from cnn_ray.user_folders import give_ray_a_token
 
 
 @contextmanager
@@ -22,6 +24,7 @@ def connected(*, num_cpus: int | None = None, logging_level: int = logging.ERROR
     local Ray, by default the cores of the machine.
 
     Raises:
+        ConfigError: Ray cannot write where it must; the message names the variable to set.
         UnavailableError: Ray did not start, or the cluster does not answer.
     """
     import ray
@@ -33,6 +36,7 @@ def connected(*, num_cpus: int | None = None, logging_level: int = logging.ERROR
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging_level}
     if local:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
+        give_ray_a_token()
         # Ray's core complains on standard error about how Ray Data makes its own actors; its files keep what matters.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -41,15 +45,24 @@ def connected(*, num_cpus: int | None = None, logging_level: int = logging.ERROR
         with _own_sigterm(), _package_on_path():
             ray.init(**options)
     except Exception as error:  # a node that did not start is a bare Exception
+        known = explain_machine_error(error)
+        if known is not None:
+            raise known from error
         first = str(error).strip().partition("\n")[0][:300]
         raise UnavailableError(
             f"Expected Ray to start. Received: {type(error).__name__}: {first} "
-            "Next: try again; the logs are in /tmp/ray/session_latest/logs."
+            f"Next: try again; the logs are in {logs_folder()}."
         ) from error
     try:
         yield local
     finally:
         ray.shutdown()  # ends a local Ray, leaves a cluster
+
+
+def logs_folder() -> str:
+    """Return where Ray's processes of this machine log."""
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - as Ray chooses it
+    return f"{base}/ray/session_latest/logs"
 
 
 @contextmanager

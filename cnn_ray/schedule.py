@@ -23,6 +23,7 @@ from cnn_ray.schedule_files import (
     systemd_units,
 )
 from cnn_ray.storage import open_store
+from cnn_ray.user_folders import home_folder
 
 Kind = Literal["systemd", "cron", "kubernetes", "kuberay"]
 
@@ -151,7 +152,7 @@ def unit_folder(*, is_system: bool) -> Path:
     """Where systemd looks for units of this machine, or of this user."""
     if is_system:
         return SYSTEM_UNITS
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or home_folder() / ".config") / "systemd" / "user"
 
 
 def _systemctl(*, is_system: bool) -> list[str]:

@@ -37,7 +37,7 @@ from cnn_ray.endpoint_metrics import MetricsBoard
 from cnn_ray.errors import ConfigError, UnavailableError
 from cnn_ray.log_stream import SOCKET_VARIABLE, open_error_log, shown_log
 from cnn_ray.placement import Share, require_resources, watched_placement
-from cnn_ray.ray_session import connected
+from cnn_ray.ray_session import connected, logs_folder
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +236,11 @@ def _ingress(config: ServeConfig) -> Iterator[_OpenSign]:
             )
         yield _OpenSign(None)
         return
-    with tempfile.TemporaryDirectory(prefix="cnn_ray-serve-") as folder, shown_log(Path(folder)) as log_socket:
-        sign = Path(folder) / "open"
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cnn_ray-serve-")))
+        log_socket = stack.enter_context(shown_log(folder))
+        sign = folder / "open"
+        proxy = haproxy.environment(stack.enter_context(haproxy.private_folder())) if config.haproxy else {}
         # What is too much anyway is refused in front, where that costs least: by the one proxy, or, behind HAProxy, by
         # the server in each replica.
         most = config.max_ongoing_requests * (1 if config.haproxy else config.max_replicas)
@@ -249,10 +252,10 @@ def _ingress(config: ServeConfig) -> Iterator[_OpenSign]:
             gateway.ACCESS_LOG_VARIABLE: "1" if config.access_log else "0",
             **({SOCKET_VARIABLE: log_socket} if log_socket is not None else {}),
             **RAY_VARIABLES,
-            **(haproxy.environment(Path(folder)) if config.haproxy else {}),
+            **proxy,
         }
-        with _environment(variables):
-            yield _OpenSign(sign)
+        stack.enter_context(_environment(variables))
+        yield _OpenSign(sign)
 
 
 @contextlib.contextmanager
@@ -297,7 +300,7 @@ def _deploy(app: Application, config: ServeConfig) -> None:
     except (RuntimeError, RayError) as error:  # what Serve makes of an error in a replica's __init__
         raise UnavailableError(
             f"Expected the endpoint to start. Received: {_first_line(error)} "
-            "Next: see the replica's log in /tmp/ray/session_latest/logs/serve."
+            f"Next: see the replica's log in {logs_folder()}/serve."
         ) from error
 
 
@@ -344,6 +347,6 @@ def _wait_until_answered(config: ServeConfig) -> None:
         if time.monotonic() > deadline:
             raise UnavailableError(
                 f"Expected an answer from {config.host}:{config.port}{path} within {READY_DEADLINE_S:.0f} s. "
-                "Received: none. Next: see the logs in /tmp/ray/session_latest/logs/serve."
+                f"Received: none. Next: see the logs in {logs_folder()}/serve."
             )
         time.sleep(0.1)

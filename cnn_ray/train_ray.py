@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cnn_ray.config import TrainConfig
 from cnn_ray.errors import CnnRayError, ConfigError, RunInterruptedError, TrainingError
+from cnn_ray.ray_session import logs_folder
 from cnn_ray.storage_base import error_of_os
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def explain_failure(error: BaseException, run_uri: str, *, again: bool = False) 
     if again:
         return ConfigError(
             f"Expected workers that keep running. Received: {said}, in the same way after each restart. Next: look for "
-            "the reason in the workers' logs (`ray logs`, or /tmp/ray/session_latest/logs); where memory ran out, "
+            f"the reason in the workers' logs (`ray logs`, or {logs_folder()}); where memory ran out, "
             "lower cache_bytes, batch_size or num_workers."
         )
     return TrainingError(

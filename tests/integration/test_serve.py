@@ -102,6 +102,7 @@ def server(models: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     )  # fmt: skip
     log = folder / "stderr"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"TMPDIR": str(folder)}
+    environment["HOME"] = "/proc/nohome"  # which nobody can write, as in a container under another uid
     with log.open("w") as stderr:
         command = [sys.executable, "-c", RUN, config.model_dump_json()]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)

@@ -75,7 +75,7 @@ def test_the_path_is_named_where_it_is_known():
 def test_a_folder_that_cannot_be_written_names_the_variable(monkeypatch, path, variable, number):
     monkeypatch.setenv("HOME", "/proc/nohome")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/ray")  # noqa: S108
     monkeypatch.setattr("tempfile.tempdir", "/var/scratch")
 
     known = explain_machine_error(OSError(number, os.strerror(number), path))
