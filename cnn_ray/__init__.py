@@ -61,8 +61,10 @@ Jobs.
     placement.py      CPUs and GPUs that are asked for and not there: refused, or waited for aloud
     known_sets.py     CIFAR-10 and Oxford 102 Flowers as they are distributed
     reader.py         uri -> bytes -> pixels or a row failure
+    input_filters.py  names below an input that are no images
     labelled_rows.py  uri, class name, group, split of every image, as the data say
     near_duplicates.py images that look alike
+    inspection.py     all labelled images read once: the unreadable, and those that look alike
     splitting.py      which side of the split each image is on
     dataset.py        labelled images -> split and pixels
     guards.py         the well-known mistakes as named checks

@@ -160,6 +160,7 @@ def train(
         return click.echo(f"Examples of augmentation {config.model.augmentation}: {draw_augmentation(config, preview)}")
     if dry_run:
         rehearsal = job.dry_run(config)
+        ui.print_lines(rehearsal.data, console)
         print_findings(rehearsal.findings, config.allow, console)
         return click.echo(rehearsal.sentence)
     with ui.waiting(console, f"Training {config.model.architecture} with {config.num_workers} workers: Ray starts"):
@@ -167,6 +168,7 @@ def train(
             config,
             on_epoch=lambda metrics: ui.print_epoch(metrics, console),
             on_finding=lambda finding: print_findings([finding], config.allow, console),
+            on_data=lambda lines: ui.print_lines(lines, console),
             resume_uri=resume_uri,
         )
     return click.echo(f"Model: {result.reference} in {result.artifact_uri}")

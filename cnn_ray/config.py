@@ -225,9 +225,12 @@ class DataConfig(Config):
     source_column: str | None = None
     """Manifest column with where an image came from; evaluate reports by it."""
     split_column: str | None = None
-    """Manifest column with train, validation or test; without it the split is drawn from split_seed."""
+    """Manifest column with train, validation (or val, valid, dev) or test; without it the split is drawn from
+    split_seed. Folders of these names above the class folders are the split as well."""
     labels: tuple[str, ...] | None = None
-    """Class names in output order; by default the sorted names found in the data."""
+    """Class names in output order; images of other classes are left out. By default the sorted names in the data."""
+    max_unreadable_rate: Rate = 0.05
+    """Above this share of images that cannot be read, nothing is trained or evaluated."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the training images (of whole groups, where there are groups) kept for validation."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -277,6 +277,12 @@ def reading_of_psi(value: float) -> str:
     return "a shift worth a look" if value < 0.25 else "another population"
 
 
+def print_lines(lines: Sequence[str], console: Console) -> None:
+    """Print sentences, one a line, as they are."""
+    for line in lines:
+        console.print(Text(plain(line)), soft_wrap=True)
+
+
 def print_epoch(metrics: Mapping[str, Any], console: Console) -> None:
     """Afterwards one line about the epoch is on the console."""
     shown = " ".join(f"{k}={v:.4g}" for k, v in metrics.items() if isinstance(v, float))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Sequence
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +21,18 @@ from cnn_ray import near_duplicates
 from cnn_ray.config import DataConfig
 from cnn_ray.errors import DataError
 from cnn_ray.images import DecodedImage
+from cnn_ray.inspection import LeftOut, describe_failures, inspect_images, refuse_unreadable
 from cnn_ray.known_sets import KERAS_CIFAR10
-from cnn_ray.labelled_rows import LabelledRows, read_rows
+from cnn_ray.labelled_rows import SPLIT_NAMES, LabelledRows, read_rows
 from cnn_ray.reader import ImageReader, read_threads
-from cnn_ray.records import RowFailure
 from cnn_ray.splitting import draw_validation, even_sample, join_groups
 from cnn_ray.storage import open_store
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+MOST_CLASSES = 20
+"""Classes that `describe_set` names."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class LabelledSet:
     """Where each image came from, where the manifest says so."""
     twins: np.ndarray | None = None
     """int64 [N], images that look alike share a number; None where nobody looked."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What the data name besides."""
 
     def rows(self, split: str) -> np.ndarray:
         """int64 [K]: the rows on one side of the split, ascending."""
@@ -65,13 +69,14 @@ class LabelledSet:
 
 
 def read_labelled_set(config: DataConfig, *, split: bool = True) -> LabelledSet:
-    """The labelled images that the configuration names, with labels as numbers and every image on one side.
+    """Return the readable labelled images that the configuration names, each on one side of the split.
 
-    Without `split` none is drawn and one class will do: all images stand on the side that the data name, else in train.
+    Without `split` none is drawn and one class will do: all images stand on the side that the data name, else in train,
+    and none is read, so unreadable ones are still among them.
 
     Raises:
-        DataError: nothing there, one class only, a missing column, an unknown label or split, an image named twice, a
-            group on both sides of a given split, or a class too small to stand on both sides.
+        DataError: nothing there, one class only, a missing column, an unknown split, an image named twice, a group on
+            both sides of a given split, a class too small to stand on both sides, or too many unreadable images.
         StorageError: the location cannot be read.
     """
     root_uri, rows = read_rows(config)
@@ -81,41 +86,63 @@ def read_labelled_set(config: DataConfig, *, split: bool = True) -> LabelledSet:
             "or a .csv or .parquet manifest."
         )
     rows = rows.take(sorted(range(len(rows.uris)), key=rows.uris.__getitem__))
+    rows, other_labels = _of_labels(rows, config)
     labels, label_ids = _number_labels(rows.names, config, least=2 if split else 1)
     if config.limit is not None:
         order = even_sample(rows.uris, label_ids, config.limit, config.split_seed)
         rows, label_ids = rows.take(order), label_ids[order]
+    left_out = LeftOut(
+        other_labels=other_labels, outside_classes=rows.outside_classes, empty_classes=rows.empty_classes
+    )
+    if rows.splits is not None:
+        _given_split(rows, config)  # a wrong name is said before hours of reading
     twins = None
-    if split and config.near_duplicates == "keep_together":
-        twins = look_for_twins(root_uri, rows.uris)
     if split:
+        rows, label_ids, twins, left_out = _inspected(root_uri, rows, label_ids, labels, config, left_out)
         splits = _split(rows, label_ids, labels, config, twins)
     else:
         splits = np.zeros(len(label_ids), np.uint8) if rows.splits is None else _given_split(rows, config)
     groups, sources = (None if values is None else tuple(values) for values in (rows.groups, rows.sources))
-    return LabelledSet(root_uri, tuple(rows.uris), label_ids, labels, splits, groups, sources, twins)
+    return LabelledSet(root_uri, tuple(rows.uris), label_ids, labels, splits, groups, sources, twins, left_out)
+
+
+def _inspected(
+    root_uri: str,
+    rows: LabelledRows,
+    label_ids: np.ndarray,
+    labels: tuple[str, ...],
+    config: DataConfig,
+    left_out: LeftOut,
+) -> tuple[LabelledRows, np.ndarray, np.ndarray | None, LeftOut]:
+    """Return rows, class numbers and twins of the images that can be read, and what is left out."""
+    prints, failures = inspect_images(root_uri, rows.uris)
+    if failures:
+        counts, examples = describe_failures(rows.uris, failures)
+        refuse_unreadable(counts, examples, len(rows.uris), config.max_unreadable_rate, config.uri)
+        left_out = replace(left_out, unreadable=counts, examples=examples)
+        kept = np.flatnonzero(prints.readable)
+        _refuse_unreadable_class(label_ids, label_ids[kept], labels, config)
+        rows, label_ids = rows.take(kept.tolist()), label_ids[kept]
+        prints = near_duplicates.Prints(prints.hashes[kept], prints.thumbnails[kept], prints.readable[kept])
+    twins = near_duplicates.find_twins(prints) if config.near_duplicates == "keep_together" else None
+    return rows, label_ids, twins, left_out
+
+
+def _refuse_unreadable_class(
+    named: np.ndarray, readable: np.ndarray, labels: tuple[str, ...], config: DataConfig
+) -> None:
+    lost = sorted(set(named.tolist()) - set(readable.tolist()))
+    if lost:
+        others = ",".join(label for k, label in enumerate(labels) if k not in lost)
+        raise DataError(
+            f"Expected readable images of every class in {config.uri}. Received: none of {labels[lost[0]]!r}. Next: "
+            f"replace its files, or leave it out with data.labels (--data-labels {others})."
+        )
 
 
 def absolute_uri(uri: str) -> str:
     """The location as a training writes it down."""
     return uri if uri == KERAS_CIFAR10 else open_store(uri).uri
-
-
-def look_for_twins(root_uri: str, uris: Sequence[str]) -> np.ndarray:
-    """int64 [N]: images that look alike share a number (`near_duplicates.find_twins`); 0.4 ms of CPU for
-    a CIFAR image, 2 ms for a screenshot.
-
-    Raises:
-        StorageError: storage is down or the credentials are wrong.
-    """
-    reader = ImageReader(root_uri)
-
-    def read(uri: str) -> np.ndarray | None:
-        image = reader.read(uri, (near_duplicates.HASH_SIDE_PX, near_duplicates.HASH_SIDE_PX))
-        return None if isinstance(image, RowFailure) else image.pixels
-
-    prints = near_duplicates.fingerprint(read, uris, read_threads(root_uri))
-    return near_duplicates.find_twins(prints)
 
 
 def write_split(labelled: LabelledSet) -> bytes:
@@ -138,22 +165,25 @@ def write_split(labelled: LabelledSet) -> bytes:
     return stream.getvalue()
 
 
+def _of_labels(rows: LabelledRows, config: DataConfig) -> tuple[LabelledRows, dict[str, int]]:
+    """Return the rows of the classes that `data.labels` names, and how many images of each other class there are."""
+    if config.labels is None:
+        return rows, {}
+    wanted = set(config.labels)
+    others = Counter(name for name in rows.names if name not in wanted)
+    return rows.take([k for k, name in enumerate(rows.names) if name in wanted]), dict(sorted(others.items()))
+
+
 def _number_labels(names: list[str], config: DataConfig, least: int) -> tuple[tuple[str, ...], np.ndarray]:
     found = sorted(set(names))
     labels = config.labels or tuple(found)
     if len(set(labels)) != len(labels):
         raise DataError(f"Expected different labels. Received: {', '.join(labels)}. Next: correct data.labels.")
-    unknown = [name for name in found if name not in labels]
-    if unknown:
-        raise DataError(
-            f"Expected only the labels {', '.join(labels)} in {config.uri}. Received: {unknown[0]!r}. "
-            "Next: add it to data.labels or correct the data."
-        )
     absent = [label for label in labels if label not in found]
     if absent:
         raise DataError(
             f"Expected images of every label in {config.uri}. Received: none of {absent[0]!r}. "
-            "Next: remove it from data.labels or add images."
+            "Next: correct data.labels (--data-labels) or add images."
         )
     if len(labels) < least:
         raise DataError(
@@ -190,7 +220,7 @@ def _split(
 
 
 def _given_split(rows: LabelledRows, config: DataConfig) -> np.ndarray:
-    names = rows.splits or []
+    names = [SPLIT_NAMES.get(name.lower(), name) for name in rows.splits or []]
     wrong = next((name for name in names if name not in SPLITS), None)
     if wrong is not None:
         raise DataError(
@@ -198,6 +228,20 @@ def _given_split(rows: LabelledRows, config: DataConfig) -> np.ndarray:
             "Next: correct the manifest."
         )
     return np.array([SPLITS.index(name) for name in names], np.uint8)
+
+
+def describe_set(labelled: LabelledSet) -> list[str]:
+    """Return what is trained on, as lines for people: classes with their images on each side, and what is left out."""
+    sides = [labelled.label_ids[labelled.rows(split)] for split in SPLITS]
+    counts = np.array([np.bincount(ids, minlength=len(labelled.labels)) for ids in sides])
+    shown = range(min(len(labelled.labels), MOST_CLASSES))
+    classes = [f"{labelled.labels[k]} {'/'.join(str(n) for n in counts[:, k])}" for k in shown]
+    more = len(labelled.labels) - len(classes)
+    fewest = int(counts.sum(0).argmin())
+    if more:
+        classes.append(f"and {more} more, fewest images: {labelled.labels[fewest]} {counts[:, fewest].sum()}")
+    line = f"{len(labelled.labels)} classes (train/validation/test images): {', '.join(classes)}"
+    return [line, *labelled.left_out.lines]
 
 
 def sample_images(labelled: LabelledSet, split: str, count: int, size_px: tuple[int, int]) -> list[DecodedImage]:

@@ -18,6 +18,7 @@ from cnn_ray.dataset import LabelledSet, absolute_uri, read_labelled_set
 from cnn_ray.errors import DataError
 from cnn_ray.evaluation_page import build_page
 from cnn_ray.images import ImageCaps
+from cnn_ray.inspection import EXAMPLES, refuse_unreadable
 from cnn_ray.judged import EvaluationResult, LabelledScores, Mistake, Part
 from cnn_ray.metrics import Estimate, Ranked, Resamples, estimate, figures
 from cnn_ray.predictor import Predictor, load_predictor
@@ -67,6 +68,9 @@ def score_labelled(config: LabelledScoresConfig, artifact: Artifact) -> Labelled
     scores, kept, unreadable = predict_images(predictor, labelled.root_uri, uris, caps)
     if len(kept) == 0:
         raise DataError(f"Expected readable images in {config.data.uri}. Received: {unreadable}. Next: check data.uri.")
+    readable = set(kept.tolist())
+    examples = [uri for k, uri in enumerate(uris) if k not in readable][:EXAMPLES]
+    refuse_unreadable(unreadable, examples, len(uris), config.data.max_unreadable_rate, config.data.uri)
     rows = rows[kept]
     index = np.array([artifact.labels.index(label) for label in labelled.labels])
     return LabelledScores(

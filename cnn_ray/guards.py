@@ -35,6 +35,9 @@ IMBALANCE = 10.0
 """Largest class over smallest: beyond, always answering the largest is nearly right."""
 LEAKAGE_ERROR = 0.05
 """Share of validation or test images with a twin in train from which their figures mean little (CIFAR-10: 0.03)."""
+DRAW_ANOTHER = (
+    "have a split drawn: leave data.split_column out, or put the class folders of train and validation together"
+)
 CONSTANT_STD = 1.0
 """Grey levels of 255: an image that varies less is blank."""
 CONSTANT_SHARES = (0.05, 0.5)
@@ -109,6 +112,7 @@ def _few_per_class(labelled: LabelledSet) -> list[Finding]:
         few = np.flatnonzero(counts < least)
         if len(few):
             k = int(few[np.argmin(counts[few])])
+            others = ",".join(label for n, label in enumerate(labelled.labels) if n not in few)
             found.append(
                 Finding(
                     "too_few_per_class",
@@ -116,7 +120,8 @@ def _few_per_class(labelled: LabelledSet) -> list[Finding]:
                     f"{len(few)} of {len(counts)} classes have fewer than {least} images in {split}; "
                     f"{labelled.labels[k]} has {counts[k]}",
                     "Nothing can be learnt or measured on so few: one image more or less is a different result",
-                    "add images of these classes, or leave them out with data.labels",
+                    "add images of these classes, or leave them out with data.labels"
+                    + (f" (--data-labels {others})" if len(counts) - len(few) > 1 else ""),
                 )
             )
     return sorted(found, key=lambda finding: finding.severity != "error")[:1]
@@ -160,7 +165,7 @@ def _leakage(labelled: LabelledSet) -> list[Finding]:
                     f"{len(leaked)} of {len(rows)} images in {split} look like one in train, for instance "
                     f"{labelled.uris[example]} like {labelled.uris[other]}",
                     "A model that remembers its training images scores well on these and means nothing",
-                    "leave data.split_column out to have a split drawn, give data.group_column, or correct the split",
+                    f"{DRAW_ANOTHER}, give data.group_column, or correct the split",
                 )
             )
     return found + _contradicting_twins(labelled, twins)
@@ -181,7 +186,7 @@ def _shared_groups(labelled: LabelledSet) -> list[Finding]:
             f"{len(shared)} of {len(train | others)} groups stand in train and on another side, "
             f"for instance {shared[0]}",
             "A model that recognises the group knows the answer without looking at what was asked",
-            "leave data.split_column out to have a split drawn, or correct the split",
+            f"{DRAW_ANOTHER}, or correct the split",
         )
     ]
 

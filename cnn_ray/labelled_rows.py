@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,9 +14,17 @@ import pyarrow.compute as pc
 from cnn_ray.allowed_uris import resolve_uri
 from cnn_ray.config import DataConfig
 from cnn_ray.errors import DataError
+from cnn_ray.input_filters import is_system_file
 from cnn_ray.known_sets import FLOWERS_FILES, KERAS_CIFAR10, cifar10_rows, flowers102_rows, is_packed
 from cnn_ray.manifest_files import is_manifest, read_manifest_table
 from cnn_ray.storage import open_store, split_uri
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Names of the parts of a split as data sets are distributed, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,10 @@ class LabelledRows:
     groups: list[str] | None = None
     splits: list[str] | None = None
     sources: list[str] | None = None
+    outside_classes: int = 0
+    """Files that lie in no class folder."""
+    empty_classes: tuple[str, ...] = ()
+    """Class folders without a file, where the storage knows folders."""
 
     def take(self, order: Sequence[int]) -> LabelledRows:
         """The rows at these positions, in their order."""
@@ -34,8 +47,14 @@ class LabelledRows:
         def pick(values: list[str] | None) -> list[str] | None:
             return None if values is None else [values[k] for k in order]
 
-        picked = (pick(v) for v in (self.groups, self.splits, self.sources))
-        return LabelledRows([self.uris[k] for k in order], [self.names[k] for k in order], *picked)
+        return replace(
+            self,
+            uris=[self.uris[k] for k in order],
+            names=[self.names[k] for k in order],
+            groups=pick(self.groups),
+            splits=pick(self.splits),
+            sources=pick(self.sources),
+        )
 
 
 def read_rows(config: DataConfig) -> tuple[str, LabelledRows]:
@@ -63,18 +82,70 @@ def _recognised(uri: str) -> str:
 
 
 def _folder_rows(uri: str) -> tuple[str, LabelledRows]:
-    """Rows of class folders: the first folder below the root is the class; hidden and `_` names are not data."""
+    """Return the rows of class folders: CLASS/..., or SPLIT/CLASS/... where all folders are named like a split.
+
+    Names that begin with `.` or `_`, and files of operating systems, are not data.
+    """
     store = open_store(uri)
     start = len(store.uri.rstrip("/")) + 1
-    uris: list[str] = []
-    names: list[str] = []
+    paths: list[list[str]] = []
+    outside = 0
     for table in store.list():
         for location in table["uri"].to_pylist():
             parts = location[start:].split("/")
-            if len(parts) > 1 and not any(part.startswith((".", "_")) for part in parts):
-                uris.append(location)
-                names.append(parts[0])
-    return store.uri, LabelledRows(uris, names)
+            if any(part.startswith((".", "_")) for part in parts) or is_system_file(location[start:]):
+                continue
+            if len(parts) > 1:
+                paths.append(parts)
+            else:
+                outside += 1
+    depth = _depth_of_classes(paths, uri)
+    kept = [parts for parts in paths if len(parts) > depth + 1]
+    names = [parts[depth] for parts in kept]
+    splits = [SPLIT_NAMES[parts[0].lower()] for parts in kept] if depth else None
+    return store.uri, LabelledRows(
+        [store.uri_of("/".join(parts)) for parts in kept],
+        names,
+        splits=splits,
+        outside_classes=outside + len(paths) - len(kept),
+        empty_classes=_empty_classes(store.uri, depth, set(names)),
+    )
+
+
+def _depth_of_classes(paths: list[list[str]], uri: str) -> int:
+    """Return at which depth the class folders are: 0, or 1 below folders that are named like a split.
+
+    Raises:
+        DataError: folders named like a split stand beside class folders.
+    """
+    tops = {parts[0] for parts in paths}
+    splits = {name for name in tops if name.lower() in SPLIT_NAMES}
+    deeper = {parts[0] for parts in paths if len(parts) > 2}
+    if tops and splits == tops and deeper and any(SPLIT_NAMES[name.lower()] == "train" for name in splits):
+        return 1
+    above = sorted(splits & deeper)
+    beside = sorted(tops - splits)
+    if above and beside:
+        raise DataError(
+            f"Expected either class folders or folders named train, validation and test above them in {uri}. "
+            f"Received: {above[0]}/ with folders in it beside {beside[0]}/. Next: move {beside[0]}/ away, or give a "
+            "manifest with a label and a split column."
+        )
+    if len(splits) > 1 and splits == tops:
+        raise DataError(
+            f"Expected class folders in {uri}. Received: only {', '.join(sorted(splits))}, which name parts of a "
+            "split, not classes. Next: put class folders into each of them, with one of them named train."
+        )
+    return 0
+
+
+def _empty_classes(root_uri: str, depth: int, names: set[str]) -> tuple[str, ...]:
+    """Return the class folders without a file; object storage has none."""
+    root = Path(root_uri)
+    if "://" in root_uri or not root.is_dir():
+        return ()
+    found = {path.name for path in root.glob("*/" * (depth + 1)) if path.is_dir()} - names
+    return tuple(sorted(n for n in found if not n.startswith((".", "_")) and not is_system_file(f"{n}/")))
 
 
 def _resolve(root_uri: str, value: str) -> str | None:
@@ -122,6 +193,5 @@ def _manifest_rows(config: DataConfig) -> tuple[str, LabelledRows]:
     names = column(config.label_column, "label_column")
     wanted = [(config.group_column, "group_column"), (config.split_column, "split_column")]
     wanted.append((config.source_column, "source_column"))
-    return root.uri, LabelledRows(
-        uris, names, *(None if name is None else column(name, field) for name, field in wanted)
-    )
+    groups, splits, sources = (None if name is None else column(name, field) for name, field in wanted)
+    return root.uri, LabelledRows(uris, names, groups, splits, sources)

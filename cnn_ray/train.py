@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cnn_ray.config import TrainConfig, build_config
-from cnn_ray.dataset import LabelledSet, absolute_uri, read_labelled_set, sample_images, write_split
+from cnn_ray.dataset import LabelledSet, absolute_uri, describe_set, read_labelled_set, sample_images, write_split
 from cnn_ray.errors import ConfigError, DataError, NotFoundError
 from cnn_ray.guards import Finding, check_config, check_model, raise_errors
 from cnn_ray.lease import Lease
@@ -57,10 +57,11 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a dry run says: one sentence, and what the guards saw."""
+    """What a dry run says: one sentence, what the guards saw, and lines about the data."""
 
     sentence: str
     findings: list[Finding]
+    data: list[str]
 
 
 def run_training(
@@ -68,10 +69,12 @@ def run_training(
     *,
     on_epoch: OnEpoch | None = None,
     on_finding: OnFinding | None = None,
+    on_data: Callable[[list[str]], None] | None = None,
     resume_uri: str | None = None,
 ) -> TrainResult:
     """A model version trained as configured. `on_epoch` is called here with the logs of every epoch as it ends, and
-    `on_finding` with every finding of the guards that does not stop the run.
+    `on_finding` with every finding of the guards that does not stop the run; `on_data` is called with
+    lines about the classes and what is left out (`describe_set`), before anything is trained.
 
     Everything that can be checked without TensorFlow is checked before Ray starts. A local Ray is started unless one is
     connected or RAY_ADDRESS names a cluster, and stopped again.
@@ -86,7 +89,7 @@ def run_training(
     """
     from cnn_ray.train_worker import SPLIT, TrainJob
 
-    config, labelled, findings = _checked(config)
+    config, labelled, findings = _checked(config, on_data)
     run_name = _run_name(config, labelled)
     job = TrainJob(config, labelled, f"{config.runs_uri.rstrip('/')}/{run_name}", tuple(findings))
     if resume_uri is not None and job.run_uri != open_store(resume_uri).uri:
@@ -112,11 +115,15 @@ def run_training(
     return result
 
 
-def _checked(config: TrainConfig) -> tuple[TrainConfig, LabelledSet, list[Finding]]:
-    """Everything that can be checked without TensorFlow, done."""
+def _checked(
+    config: TrainConfig, on_data: Callable[[list[str]], None] | None = None
+) -> tuple[TrainConfig, LabelledSet, list[Finding]]:
+    """Check everything that can be checked without TensorFlow."""
     config = _absolute(config)
     check_definition(config.model)
     labelled = read_labelled_set(config.data)
+    if on_data is not None:
+        on_data(describe_set(labelled))
     _check_positive_label(config, labelled)
     images = sample_images(labelled, "train", SAMPLE_IMAGES, input_size_px(config.model))
     if not images:
@@ -148,7 +155,7 @@ def dry_run(config: TrainConfig) -> Rehearsal:
         f"Would train {config.model.architecture} ({model.count_params():,} parameters) on {len(labelled.uris)} images "
         f"of {len(labelled.labels)} classes ({sides}) with {config.num_workers} workers."
     )
-    return Rehearsal(sentence, findings)
+    return Rehearsal(sentence, findings, describe_set(labelled))
 
 
 def resumed_config(run_uri: str, config_file: str | None, flags: Mapping[str, Any]) -> TrainConfig:

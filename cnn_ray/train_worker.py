@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnn_ray.artifact import sha256_of
-from cnn_ray.batches import MAX_UNREADABLE_RATE, Batches, DecodedPixels, make_batches
+from cnn_ray.batches import Batches, DecodedPixels, make_batches
 from cnn_ray.config import ModelDefinition, TrainConfig
 from cnn_ray.dataset import LabelledSet, share_of_rank
 from cnn_ray.errors import CnnRayError, DataError
@@ -155,10 +155,10 @@ def _agree_on_model(job: TrainJob, world: World, data: _Data) -> tuple[keras.Mod
         error = caught
     world.agree(error)
     unreadable, images = world.sum(np.array(data.unreadable()))
-    if unreadable > MAX_UNREADABLE_RATE * images:
+    if unreadable > config.data.max_unreadable_rate * images:
         error = DataError(
-            f"Expected readable images. Received: {unreadable:.0f} of {images:.0f} unreadable in {config.data.uri}. "
-            "Next: check data.uri and data.uri_column."
+            f"Expected the images of {config.data.uri} to stay readable. Received: {unreadable:.0f} of {images:.0f} "
+            "that could be read before cannot be read now. Next: look whether they were changed, and run again."
         )
     world.agree(error)
     with world.strategy.scope(), world.explained():
@@ -316,6 +316,7 @@ def _publish(
             "config": redacted(config.model_dump(mode="json")),
             "data_digest": labelled.digest(),
             "images": {split: len(labelled.rows(split)) for split in ("train", "validation", "test")},
+            "left_out": asdict(labelled.left_out),
             "metrics": last,
             "history": history,
             "run_uri": job.run_uri,

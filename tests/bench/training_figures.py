@@ -117,9 +117,10 @@ def draw_folds(rows: list[dict[str, str]], data: Path) -> np.ndarray:
     """Fold of each row: whole domains with their near-duplicates, labels and sources spread evenly."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    from cnn_ray.dataset import look_for_twins
+    from cnn_ray.inspection import inspect_images
+    from cnn_ray.near_duplicates import find_twins
 
-    twins = look_for_twins(str((data / "screens").resolve()), [row["uri"] for row in rows])
+    twins = find_twins(inspect_images(str((data / "screens").resolve()), [row["uri"] for row in rows])[0])
     groups = join_groups([row["group"] for row in rows], twins)
     kinds = [f"{row['source']} {row['label']}" for row in rows]
     counts = Counter(kinds)

@@ -8,8 +8,9 @@ from PIL import Image
 
 from cnn_ray import near_duplicates
 from cnn_ray.config import DataConfig
-from cnn_ray.dataset import look_for_twins, read_labelled_set
+from cnn_ray.dataset import read_labelled_set
 from cnn_ray.drawing import draw_screenshot
+from cnn_ray.inspection import inspect_images
 from cnn_ray.near_duplicates import MAX_DISTANCE, Prints, find_twins, perceptual_hash
 
 
@@ -24,7 +25,7 @@ def twins_of(folder, images):
         path = folder / f"{k:03}.png"
         image.save(path)
         uris.append(str(path))
-    return look_for_twins(str(folder), uris).tolist()
+    return find_twins(inspect_images(str(folder), uris)[0]).tolist()
 
 
 def recoded(image: Image.Image, quality: int) -> Image.Image:
@@ -57,7 +58,9 @@ def test_plain_colours_are_blank_too(tmp_path):
 def test_unreadable_files_are_nobodys_twins(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no image")
-    assert look_for_twins(str(tmp_path), [str(tmp_path / "a.png"), str(tmp_path / "b.png")]).tolist() == [0, 1]
+    prints, failures = inspect_images(str(tmp_path), [str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    assert find_twins(prints).tolist() == [0, 1]
+    assert {k: failure.code for k, failure in failures.items()} == {0: "not_an_image", 1: "not_an_image"}
 
 
 @pytest.mark.parametrize("distance", [0, 1, MAX_DISTANCE, MAX_DISTANCE + 1])
