@@ -38,9 +38,14 @@ Bytes in, bytes out.
     sorted_rows.py    streams of tables sorted by uri, walked in step
     manifests.py      what a committed shard and a finished generation say of themselves
     outputs.py        commit a part, its quarantine and the manifest; read back what is committed
-    manifest_files.py a manifest's bytes -> a table of text
+    manifest_text.py  the bytes of a manifest as UTF-8 text, unpacked within bounds
+    manifest_csv.py   CSV -> a table whose cells are the text of the file
+    manifest_values.py values of any type as text
+    manifest_files.py a manifest -> a table of text: CSV, JSON Lines, Parquet, a folder of Parquet
     allowed_uris.py   what a manifest may name
+    object_lookup.py  etags and sizes of many objects: pages of listings, HEADs for the rest
     manifest_listing.py a manifest -> its sorted listing
+    s3_inventory.py   a report of S3 Inventory -> its sorted listing
     inputs.py         INPUT -> sorted (uri, etag, size_bytes)
     generations.py    what a finished partition owes to its input as it is now; what that supersedes
     runs.py           list partitions, compare two, write one as a single file

@@ -108,6 +108,13 @@ class ScoreConfig(ModelConfig):
     """UTC date (YYYY-MM-DD) of the partition; also fills {date} in the input."""
     uri_column: str = "uri"
     """Column of a manifest input that holds the image locations."""
+    etag_column: str = "auto"
+    """Column of a manifest input that holds etags: rows with an etag and a size need no request before they are read,
+    and an object that has another etag by then is set aside as changed. auto: etag, ETag or e_tag; none: no column."""
+    size_column: str = "auto"
+    """Column of a manifest input that holds sizes in bytes; only taken with etags. auto: size_bytes, size or Size."""
+    on_duplicate: Literal["error", "first"] = "error"
+    """What to do with a manifest that names a location twice: refuse it, or take the first of the rows."""
     allow_uris: tuple[str, ...] = ()
     """Locations (s3://bucket, s3://bucket/prefix, /folder) that a manifest may name besides its own folder. Without
     any one in S3 may name its own bucket, a local one whatever this run can read; never http. Else: uri_not_allowed."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from cnn_ray.doctor_finding import Finding, error, ok, warning
 from cnn_ray.errors import CnnRayError, NotFoundError, StorageError
-from cnn_ray.manifest_files import is_manifest
-from cnn_ray.storage import S3Store, Store, open_store, split_uri
+from cnn_ray.manifest_files import is_manifest, manifest_exists
+from cnn_ray.storage import S3Store, Store, open_store
 
 PROBE_FOLDER = "_doctor"
 PROBE_BYTES = 300_000
@@ -35,9 +35,9 @@ def input_finding(uri: str) -> Finding:
     check = "input"
     try:
         if is_manifest(uri):
-            folder, name = split_uri(uri)
-            size_bytes = open_store(folder).head(name).size_bytes
-            return ok(check, f"{uri}: {size_bytes:,} bytes")
+            if manifest_exists(uri):
+                return ok(check, f"{uri} is there")
+            return error(check, f"there is no {uri}", "check input_uri and --date")
         store = open_store(uri)
         if isinstance(store, S3Store):
             store.check_writable()  # lists one key, writes nothing

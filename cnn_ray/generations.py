@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cnn_ray.errors import DataError, PlanError
-from cnn_ray.manifest_listing import ABSENT, DENIED, NOT_ALLOWED
 from cnn_ray.manifests import FileRef, Manifest
+from cnn_ray.object_lookup import ABSENT, DENIED, NOT_ALLOWED
 from cnn_ray.outputs import Partition, live_rows, read_ahead
 from cnn_ray.plan import PageRef, Plan, Shard, make_plan
 from cnn_ray.records import INPUT_PREFIX

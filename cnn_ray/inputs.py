@@ -13,14 +13,17 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cnn_ray.manifest_files import is_manifest
-from cnn_ray.manifest_listing import manifest_listing
+from cnn_ray.manifest_files import is_inventory, is_manifest
+from cnn_ray.manifest_listing import ManifestOptions, manifest_listing
+from cnn_ray.s3_inventory import inventory_listing
 from cnn_ray.storage import open_store
 
 SUCCESS = "_SUCCESS"
 
 
-def list_inputs(uri: str, uri_column: str, allow_uris: tuple[str, ...] = ()) -> Iterator[pa.Table]:
+def list_inputs(
+    uri: str, uri_column: str, allow_uris: tuple[str, ...] = (), options: ManifestOptions | None = None
+) -> Iterator[pa.Table]:
     """Tables with LISTING_SCHEMA (and `input_` columns of a manifest), sorted by uri, each uri once.
 
     What a manifest names outside of `allow_uris` (see `is_allowed`) is a row that nothing is fetched for.
@@ -29,8 +32,11 @@ def list_inputs(uri: str, uri_column: str, allow_uris: tuple[str, ...] = ()) -> 
         NotFoundError: no such folder, bucket or manifest.
         DataError: the manifest cannot be parsed, lacks the column, or names a uri twice.
     """
-    if is_manifest(uri):
-        yield manifest_listing(uri, uri_column, allow_uris)
+    options = options or ManifestOptions()
+    if is_inventory(uri):
+        yield _without_markers(inventory_listing(uri, allow_uris, options))
+    elif is_manifest(uri):
+        yield manifest_listing(uri, uri_column, allow_uris, options)
     else:
         yield from map(_without_markers, open_store(uri).list())
 

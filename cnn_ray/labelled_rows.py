@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from cnn_ray.allowed_uris import resolve_uri
 from cnn_ray.config import DataConfig
 from cnn_ray.errors import DataError
 from cnn_ray.input_filters import is_system_file
 from cnn_ray.known_sets import FLOWERS_FILES, KERAS_CIFAR10, cifar10_rows, flowers102_rows, is_packed
-from cnn_ray.manifest_files import is_manifest, read_manifest_table
+from cnn_ray.manifest_files import is_manifest, read_manifest
 from cnn_ray.storage import open_store, split_uri
 
 SPLIT_NAMES = {
@@ -158,7 +155,8 @@ def _resolve(root_uri: str, value: str) -> str | None:
 
 
 def _manifest_rows(config: DataConfig) -> tuple[str, LabelledRows]:
-    table = read_manifest_table(config.uri)
+    manifest = read_manifest(config.uri, config.uri_column)
+    table = manifest.table
     root = open_store(split_uri(config.uri)[0])
 
     def column(name: str, field: str) -> list[str]:
@@ -167,11 +165,12 @@ def _manifest_rows(config: DataConfig) -> tuple[str, LabelledRows]:
             hint = f"did you mean {near[0]}?" if near else f"set data.{field}."
             have = ", ".join(table.column_names)
             raise DataError(f"Expected a column {name!r} in {config.uri}. Received: {have}. Next: {hint}")
-        values = pc.cast(table[name], pa.string()).to_pylist()
+        values = table[name].to_pylist()
         empty = next((k for k, value in enumerate(values) if value is None or not value.strip()), None)
         if empty is not None:
             raise DataError(
-                f"Expected a value in column {name!r} of every row. Received: none in row {empty + 1} of {config.uri}. "
+                f"Expected a value in column {name!r} of every row. Received: none in {manifest.place(empty)} of "
+                f"{config.uri}. "
                 "Next: correct the manifest."
             )
         return [value.strip() for value in values]

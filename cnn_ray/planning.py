@@ -13,6 +13,7 @@ from cnn_ray.errors import ConfigError, DataError, NotFoundError
 from cnn_ray.generations import Changes, earlier_plans, next_plan
 from cnn_ray.inputs import list_inputs
 from cnn_ray.manifest_files import is_manifest
+from cnn_ray.manifest_listing import ManifestOptions
 from cnn_ray.manifests import Manifest
 from cnn_ray.outputs import Partition
 from cnn_ray.partitions import fill_date, partition_uri
@@ -136,10 +137,15 @@ def _refuse_mixed_depth(config: ScoreConfig) -> None:
         )
 
 
+def manifest_options(config: ScoreConfig) -> ManifestOptions:
+    """Return how the rows of a manifest input are taken."""
+    return ManifestOptions(config.etag_column, config.size_column, config.on_duplicate)
+
+
 def _listing(config: ScoreConfig) -> Iterator[pa.Table]:
     uri = fill_date(config.input_uri, config.date)
     found = False
-    for table in list_inputs(uri, config.uri_column, config.allow_uris):
+    for table in list_inputs(uri, config.uri_column, config.allow_uris, manifest_options(config)):
         found = found or table.num_rows > 0
         yield table
     if not found:
@@ -150,7 +156,8 @@ def _next_plan(
     job: ScoreJob, manifest: Manifest, write_page: Callable[[str, bytes], object], *, retry: bool
 ) -> tuple[Plan | None, bool, Changes]:
     config = job.config
-    listing = list_inputs(fill_date(config.input_uri, config.date), config.uri_column, config.allow_uris)
+    uri = fill_date(config.input_uri, config.date)
+    listing = list_inputs(uri, config.uri_column, config.allow_uris, manifest_options(config))
     try:
         plan, changes = next_plan(job.partition, manifest, listing, write_page, accept=config.accept, retry=retry)
     except NotFoundError:  # the input may be gone; the results are still there

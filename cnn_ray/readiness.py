@@ -8,7 +8,7 @@ from datetime import datetime
 from cnn_ray.config import NightlyConfig
 from cnn_ray.errors import NotFoundError
 from cnn_ray.inputs import list_inputs
-from cnn_ray.manifest_files import is_manifest
+from cnn_ray.manifest_files import is_manifest, manifest_exists
 from cnn_ray.partitions import fill_date
 from cnn_ray.storage import open_store, split_uri
 
@@ -24,7 +24,7 @@ def why_not_ready(config: NightlyConfig, date: Date, now: datetime) -> str | Non
     store, marker = open_store(folder), config.wait_for_marker
     if marker is not None and not store.exists(marker):
         return f"waits for {store.uri_of(marker)}"
-    if name and not store.exists(name):
+    if name and not manifest_exists(uri):
         return f"waits for {uri}"
     if marker is None and is_empty(config, date):
         return f"waits for the first screenshot in {uri}"

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from cnn_ray.artifact import Artifact
 from cnn_ray.errors import AccessDeniedError
 from cnn_ray.images import ImageCaps
-from cnn_ray.manifest_listing import ABSENT, DENIED, NOT_ALLOWED
 from cnn_ray.manifests import PartRecord
 from cnn_ray.memory import keep_freed_memory
 from cnn_ray.near_duplicates import picture_hash
+from cnn_ray.object_lookup import ABSENT, DENIED, NOT_ALLOWED
 from cnn_ray.outputs import Partition
 from cnn_ray.plan import Plan, Shard, shard_rows
 from cnn_ray.predictor import Predictor

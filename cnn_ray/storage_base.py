@@ -179,7 +179,7 @@ def error_of_os(error: OSError, uri: str) -> StorageError:
     """The error that a user meets for what the operating system said about `uri`."""
     said = f"Received: {os.strerror(error.errno) if error.errno else type(error).__name__}."
     match error.errno:
-        case errno.ENOENT | errno.ENOTDIR:
+        case errno.ENOENT | errno.ENOTDIR | errno.ENAMETOOLONG | errno.ELOOP:
             return NotFoundError(f"Expected a file or folder at {uri}. {said} Next: check the path.")
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return AccessDeniedError(f"Expected access to {uri}. {said} Next: check owner, mode and mount options.")

@@ -51,12 +51,17 @@ class _Range:
 
     def start_after(self) -> dict[str, str]:
         """The argument that begins the listing at `low`, or somewhat before where no name says it exactly."""
-        if self.low.endswith("\0"):
-            return {"StartAfter": self.low[:-1]}  # the very next name
-        before, last = self.low[:-1], ord(self.low[-1]) - 1
-        if last < ord(" ") or 0xD800 <= last <= 0xDFFF:
-            return {"StartAfter": before} if before else {}
-        return {"StartAfter": before + chr(last) + HIGHEST}
+        return start_at(self.low)
+
+
+def start_at(name: str) -> dict[str, str]:
+    """The argument that begins a listing at `name` itself, or somewhat before where no name says it exactly."""
+    if name.endswith("\0"):
+        return {"StartAfter": name[:-1]}  # the very next name
+    before, last = name[:-1], ord(name[-1]) - 1
+    if last < ord(" ") or 0xD800 <= last <= 0xDFFF:
+        return {"StartAfter": before} if before else {}
+    return {"StartAfter": before + chr(last) + HIGHEST}
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ import pyarrow as pa
 from cnn_ray.errors import ChangedError, ConfigError, NotFoundError
 from cnn_ray.storage_base import COPY_BYTES, ObjectInfo, Store, check_key, check_size, write_whole
 from cnn_ray.storage_pages import ListingPage, parse_page
-from cnn_ray.storage_ranges import RangeLister
+from cnn_ray.storage_ranges import RangeLister, start_at
 from cnn_ray.storage_retry import attempts, error_of_s3, unavailable
 
 CONNECT_TIMEOUT_S = 5
@@ -93,6 +93,10 @@ class S3Store(Store):
             StorageError: the server does not list in byte order (directory buckets).
         """
         return RangeLister(self._page, self._listed(prefix), self._root).tables()
+
+    def page_at(self, name: str, prefix: str) -> ListingPage:
+        """Return one page of the names that begin with `prefix`, from `name` on. Both are names in the bucket."""
+        return self._page({"Prefix": prefix, **start_at(name)})
 
     def keys(self, prefix: str = "") -> list[str]:
         """See `Store.keys`.

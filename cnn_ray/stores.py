@@ -29,11 +29,12 @@ class Stores:
             return self.root, uri[len(self.root.uri) + 1 :]
         if uri.startswith("s3://"):
             bucket, _, key = uri[len("s3://") :].partition("/")
-            return self._bucket(bucket), key
+            return self.bucket(bucket), key
         folder, name = split_uri(uri)  # opening a folder costs nothing, and there may be any number of them
         return open_store(folder), name
 
-    def _bucket(self, bucket: str) -> Store:
+    def bucket(self, bucket: str) -> Store:
+        """Return the store of the whole bucket."""
         with self._lock:
             if bucket not in self._buckets:
                 self._buckets[bucket] = open_store(f"s3://{bucket}")

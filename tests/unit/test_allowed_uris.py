@@ -6,7 +6,7 @@ from factories import image_bytes
 
 from cnn_ray import allowed_uris, inputs
 from cnn_ray.config import ScoreConfig
-from cnn_ray.manifest_listing import DENIED, NOT_ALLOWED
+from cnn_ray.object_lookup import DENIED, NOT_ALLOWED
 from cnn_ray.records import LISTING_SCHEMA
 
 LOCAL, BUCKET = "/lists", "s3://lists/tonight"
@@ -41,7 +41,15 @@ def test_locations(location, base, allow, allowed):
 
 @pytest.mark.parametrize(
     "name",
-    ["http://h/a.png", "https://h/a.png", "file:///etc/passwd", "ftp://h/a", "../a.png", "a/../../b", "s3://b/../c"],
+    [
+        "http://h/a.png",
+        "https://h/a.png",
+        "file://host/etc/passwd",
+        "ftp://h/a",
+        "../a.png",
+        "a/../../b",
+        "s3://b/../c",
+    ],
 )
 @pytest.mark.parametrize("base", [LOCAL, BUCKET])
 def test_no_other_scheme_and_no_path_out_of_the_folder(name, base):

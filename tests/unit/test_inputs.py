@@ -2,7 +2,7 @@
 
 import pytest
 
-from cnn_ray import inputs, manifest_listing
+from cnn_ray import inputs, object_lookup
 from cnn_ray.errors import DataError
 from cnn_ray.storage import open_store
 
@@ -14,7 +14,7 @@ def manifest(folder, names):
 
 
 def test_rows_keep_their_own_etag_size_and_columns(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest_listing, "HEADS_AHEAD", 2)
+    monkeypatch.setattr(object_lookup, "HEADS_AHEAD", 2)
     for k, name in enumerate("edcba"):
         (tmp_path / name).write_bytes(b"x" * k)
     (table,) = inputs.list_inputs(manifest(tmp_path, ["e", "gone", "c", "../out", "a", "b", "d"]), "uri")
@@ -22,8 +22,8 @@ def test_rows_keep_their_own_etag_size_and_columns(tmp_path, monkeypatch):
     assert list(rows) == ["../out", "a", "b", "c", "d", "e", "gone"]
     assert [rows[name]["size_bytes"] for name in "edcba"] == [0, 1, 2, 3, 4]
     assert all(rows[name]["etag"].endswith(f"-{k}") for k, name in enumerate("edcba"))
-    assert (rows["gone"]["etag"], rows["../out"]["etag"]) == (manifest_listing.ABSENT, manifest_listing.NOT_ALLOWED)
-    assert [rows[name]["input_brand"] for name in ("e", "gone", "d")] == [0, 1, 6]
+    assert (rows["gone"]["etag"], rows["../out"]["etag"]) == (object_lookup.ABSENT, object_lookup.NOT_ALLOWED)
+    assert [rows[name]["input_brand"] for name in ("e", "gone", "d")] == ["0", "1", "6"]
 
 
 def test_two_names_of_one_object_are_refused(tmp_path):

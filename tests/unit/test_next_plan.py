@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cnn_ray import generations, sorted_rows
-from cnn_ray.manifest_listing import ABSENT, DENIED
 from cnn_ray.manifests import FORMAT, GenerationRecord, Manifest
+from cnn_ray.object_lookup import ABSENT, DENIED
 from cnn_ray.outputs import Partition
 from cnn_ray.plan import Frozen, Plan, make_plan
 from cnn_ray.records import LISTING_SCHEMA
