@@ -124,7 +124,8 @@ def _bytes(file: _File, report: _Report, root: Store, uri: str, allow_uris: tupl
         except NotFoundError:
             pass
     location = f"s3://{report.destination_bucket.removeprefix(ARN)}/{file.key}"
-    if not is_allowed(location, root.uri, allow_uris):
+    own_bucket = root.uri.startswith("s3://") and is_allowed(location, root.uri, ())
+    if not own_bucket and not is_allowed(location, root.uri, allow_uris):
         raise AccessDeniedError(
             f"Expected the files of the report in the bucket of {uri}, or where --allow-uris lets it read. "
             f"Received: {location}. Next: add that bucket to --allow-uris if you trust the report."
