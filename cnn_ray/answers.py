@@ -7,6 +7,7 @@ URL that a caller names: a model name is looked up among the configured ones, a 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import numpy as np
 from cnn_ray import image_bodies, open_inference, protocol
 from cnn_ray.batcher import Pixels, Scores
 from cnn_ray.config import ServeConfig
+from cnn_ray.errors import ArtifactError, CnnRayError
 from cnn_ray.explain import Occlusion, drawn_size, overlay_png
 from cnn_ray.images import DecodedImage
 from cnn_ray.records import RowFailure
@@ -33,6 +35,12 @@ MOST_PARSING = 2
 """Large bodies that are parsed at the same time: 64 MiB of JSON are half a gigabyte of Python values for a moment."""
 EXPLAIN_BATCH = 8
 """Variants of an explanation that wait for the model at a time, so that others' images come between them."""
+
+
+def _reason(error: CnnRayError) -> str:
+    found = re.search(r"Received: (.+?)\. Next: ", str(error)) if isinstance(error, ArtifactError) else None
+    received = found.group(1) if found else "an error"
+    return f"The version cannot be loaded: {received}. The one before it answers. See the log of the server."
 
 
 @dataclass(slots=True)
@@ -156,6 +164,9 @@ class Answers:
         version = route.version
         if version is None:
             version = self._models.version_of(route.name, route.label)
+        failures = self._failures(route.name)
+        if version in failures and route.action == "status":
+            return Answer(200, protocol.build_status((), {version: failures[version]}))
         artifact = None if version is None else await self._models.describe(route.name, version)
         if artifact is None:
             raise protocol.model_not_found(route)
@@ -166,10 +177,14 @@ class Answers:
         versions = {artifact.version}
         if route.version is None and route.label is None:
             versions |= self._loaded_versions(route.name)
-        return Answer(200, protocol.build_status([(version, "AVAILABLE") for version in versions]))
+        else:
+            failures = {}
+        return Answer(200, protocol.build_status([(version, "AVAILABLE") for version in versions], failures))
 
     async def _model_description(self, call: Call, route: open_inference.Route) -> Answer:
         version = self._models.version_of(route.name) if route.version is None else route.version
+        if version in self._failures(route.name) and route.action == "model_ready":
+            return Answer(503, open_inference.build_model_ready(route.name, ready=False))
         artifact = None if version is None else await self._models.describe(route.name, version)
         if artifact is None:
             raise open_inference.model_not_found(route)
@@ -179,6 +194,11 @@ class Answers:
         versions = sorted({artifact.version} | self._loaded_versions(route.name))
         body = open_inference.build_model_metadata(artifact.name, versions, artifact.labels, artifact.size_px)
         return Answer(200, body)
+
+    def _failures(self, name: str) -> dict[int, str]:
+        """Return the model's versions that an alias means and that cannot be loaded, with a reason for clients: what a
+        damaged file is called, but not where it lies."""
+        return {version: _reason(error) for (_, version), error in self._models.failed(name).items()}
 
     def _loaded_versions(self, name: str) -> set[int]:
         return {model.artifact.version for model in self._models.loaded if model.artifact.name == name}

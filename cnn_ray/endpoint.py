@@ -133,6 +133,7 @@ class Endpoint:
 
     def _count_models(self) -> None:
         self.metrics.loaded((model.artifact.name, model.artifact.version) for model in self.models.loaded)
+        self.metrics.failed(self.models.failed())
 
     async def _answer(self, call: Call, receive: Receive) -> Answer:
         try:
@@ -145,8 +146,9 @@ class Endpoint:
             return self._refusal(late)
         except CnnRayError as error:
             logger.error("%s %s failed: %s", call.method, call.path[:200], error)
-            status = 503 if error.retryable else 500
-            return _error(status, "The model cannot be used now. Next: see the log of the server.")
+            again = {"Retry-After": str(RETRY_AFTER_S)} if error.retryable else None
+            message = "The model cannot be used now. Next: see the log of the server."
+            return _error(503 if error.retryable else 500, message, again)
         except Exception:
             logger.exception("%s %s failed", call.method, call.path[:200])
             return _error(500, "Internal error. Next: see the log of the server.")

@@ -91,6 +91,13 @@ class EndpointMetrics:
         self._in_flight = Gauge("cnn_ray_in_flight", "Requests being answered.", registry=registry)
         self._loaded_models = Gauge("cnn_ray_loaded_models", "Model versions in memory.", registry=registry)
 
+        self._failed_versions = Gauge(
+            "cnn_ray_failed_versions",
+            "Versions that an alias means now and that cannot be loaded; the ones before them answer.",
+            ("model", "version"),
+            registry=registry,
+        )
+
     def started(self) -> None:
         """One more request is being answered."""
         self._in_flight.inc()
@@ -129,6 +136,12 @@ class EndpointMetrics:
         for pair in sorted(pairs - self._versions):
             if len(self._versions) < MAX_VERSIONS:
                 self._versions.add(pair)
+
+    def failed(self, versions: Iterable[tuple[str, int]]) -> None:
+        """An alias means these (model, version), and they cannot be loaded."""
+        self._failed_versions.clear()
+        for model, version in versions:
+            self._failed_versions.labels(model, str(version)).set(1)
 
     def snapshot(self) -> Snapshot:
         """All counts now."""

@@ -14,7 +14,7 @@ it wants a signature over tf.Example), a wrong method is a 405 and not a 400, an
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 from urllib.parse import unquote
@@ -219,10 +219,19 @@ def build_verdict(
     return json_bodies.build({**verdict, "model": name, "version": version})
 
 
-def build_status(versions: Sequence[tuple[int, State]]) -> bytes:
-    """The JSON answer to a status request: versions and their states, the newest first as in TensorFlow Serving."""
+def build_status(versions: Sequence[tuple[int, State]], failures: Mapping[int, str] | None = None) -> bytes:
+    """The JSON answer to a status request: versions and their states, the newest first as in TensorFlow Serving.
+
+    `failures` are versions that could not be loaded, with the reason; TensorFlow Serving calls their state END.
+    """
     ok = {"error_code": "OK", "error_message": ""}
-    rows = [{"version": str(version), "state": state, "status": ok} for version, state in sorted(versions)[::-1]]
+    states = {version: (state, ok) for version, state in versions}
+    for version, reason in (failures or {}).items():
+        states[version] = ("END", {"error_code": "DATA_LOSS", "error_message": reason})
+    rows = [
+        {"version": str(version), "state": state, "status": status}
+        for version, (state, status) in sorted(states.items(), reverse=True)
+    ]
     return json_bodies.build({"model_version_status": rows})
 
 

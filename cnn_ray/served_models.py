@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,6 +38,8 @@ LARGEST_INPUT_PX = 2048
 MOST_LOADING = 2
 """Versions that are being loaded at the same time because somebody asked; more are told to come back."""
 MOST_DESCRIBED = 64
+RETRY_FAILED_S = 30.0
+"""A version that could not be loaded is tried again after this time: each try reads all of it."""
 CANARY_SLOTS = 10_000
 """The canary's share is exact to a hundredth of a percent."""
 
@@ -88,6 +90,12 @@ class ServedModel:
             raise RuntimeError(f"{self.artifact.reference} answers a black image with {scores.tolist()}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: CnnRayError
+    at: float
+
+
 class ServedModels:
     """The versions of one replica; for use in one event loop, after `load`."""
 
@@ -96,7 +104,9 @@ class ServedModels:
         self._config = config
         self._observe = observe
         self._configured = dict(split_reference(reference) for reference in (config.model, *config.also))
-        self._aliases: dict[str, dict[str, int]] = {}
+        self._aliases: dict[str, dict[str, int]] = {}  # in force
+        self._adopted: dict[str, dict[str, int] | None] = {}  # as stored; None where a version could not be loaded
+        self._failed: dict[tuple[str, int], _Failure] = {}
         self._pinned: dict[tuple[str, int], ServedModel] = {}
         self._asked: OrderedDict[tuple[str, int], ServedModel] = OrderedDict()
         self._listing = asyncio.Lock()
@@ -128,34 +138,72 @@ class ServedModels:
             ArtifactError: a version is missing or damaged, or this node lacks the engine or precision.
         """
         for name in self._configured:
-            self._aliases[name] = read_aliases(self._config.models_uri, name)
-        self._pinned = {key: self._load(*key) for key in sorted(self._wanted())}
+            self._aliases[name] = self._adopted[name] = read_aliases(self._config.models_uri, name)
+        wanted = {key for name in self._configured for key in self._wanted(name)}
+        self._pinned = {key: self._load(*key) for key in sorted(wanted)}
 
     async def follow(self) -> None:
         """Afterwards aliases mean what the store says now. A new version is warm before it answers, and one that cannot
-        be loaded leaves the old one in its place."""
-        before = self._aliases
-        try:
-            aliases = {name: await self._in_loader(read_aliases, self._config.models_uri, name) for name in before}
-        except CnnRayError as error:
-            return self._tell(f"aliases are not readable: {error}")
-        if aliases == before:
-            return None
-        self._aliases = aliases
-        try:
-            wanted = self._wanted()
-            fresh = {key: await self._loaded(key) for key in wanted}
-        except CnnRayError as error:
-            self._aliases = before
-            return self._tell(f"the old versions stay: {error}")
-        for key, model in self._pinned.items():
-            if key not in fresh:
-                self._keep(key, model)
-        for key in fresh:
+        be loaded leaves the old one in its place; `failed` names it until it is repaired or the alias moves on."""
+        for name in self._configured:
+            try:
+                stored = await self._in_loader(read_aliases, self._config.models_uri, name)
+            except CnnRayError as error:
+                self._tell(f"aliases of {name} are not readable: {error}")
+                continue
+            if stored != self._adopted[name]:
+                await self._adopt(name, stored)
+
+    async def _adopt(self, name: str, stored: dict[str, int]) -> None:
+        """Let the aliases of a model mean what is stored, except for those whose version cannot be loaded."""
+        in_force, fresh, failed = dict(stored), dict[tuple[str, int], ServedModel](), False
+        for alias in self._followed(name):
+            version = stored.get(alias)
+            try:
+                if version is not None:
+                    fresh[name, version] = await self._loaded_unless_failed((name, version))
+                elif alias == self._configured[name]:
+                    raise self._alias_missing(name)
+            except CnnRayError as error:
+                failed = True
+                if version is not None and (name, version) not in self._failed:
+                    self._failed[name, version] = _Failure(error, time.monotonic())
+                self._tell(f"the old versions stay: {error}")
+                in_force = {k: v for k, v in in_force.items() if k != alias}
+                if alias in self._aliases[name]:
+                    in_force[alias] = self._aliases[name][alias]
+        meant = {(name, stored[alias]) for alias in self._followed(name) if alias in stored}
+        self._failed = {key: failure for key, failure in self._failed.items() if key[0] != name or key in meant}
+        self._adopted[name] = None if failed else stored
+        if in_force != self._aliases[name]:
+            self._aliases[name] = in_force
+            self._pin(name, fresh)
+
+    def _pin(self, name: str, fresh: Mapping[tuple[str, int], ServedModel]) -> None:
+        """Keep in memory what the model's aliases mean now; what they meant before may go like any other version."""
+        wanted = self._wanted(name)
+        before = {key: model for key, model in self._pinned.items() if key[0] == name}
+        known = {**before, **self._asked, **fresh}
+        kept = {key: model for key, model in self._pinned.items() if key[0] != name}
+        self._pinned = kept | {key: known[key] for key in wanted if key in known}
+        for key in self._pinned:
             self._asked.pop(key, None)
-        self._pinned = fresh
-        logger.info("answering with %s", ", ".join(model.artifact.reference for model in fresh.values()))
-        return None
+        for key, model in before.items():
+            if key not in self._pinned:
+                self._keep(key, model)
+        logger.info("answering with %s", ", ".join(model.artifact.reference for model in self._pinned.values()))
+
+    async def _loaded_unless_failed(self, key: tuple[str, int]) -> ServedModel:
+        """Return the version, loaded; one that failed is tried again only after a while, because each try reads it."""
+        failure = self._failed.get(key)
+        if failure is not None and time.monotonic() < failure.at + RETRY_FAILED_S:
+            raise failure.error
+        self._failed.pop(key, None)
+        return await self._loaded(key)
+
+    def failed(self, name: str | None = None) -> dict[tuple[str, int], CnnRayError]:
+        """Return the versions that an alias means now and that cannot be loaded, with the reason."""
+        return {key: failure.error for key, failure in self._failed.items() if name is None or key[0] == name}
 
     def version_of(self, name: str, label: str | None = None) -> int | None:
         """The version that the name, or the name and an alias, mean now; None where they mean nothing."""
@@ -229,20 +277,24 @@ class ServedModels:
                 self._known[name] = (time.monotonic() + self._config.alias_poll_s, known)
             return known
 
-    def _wanted(self) -> set[tuple[str, int]]:
-        wanted: set[tuple[str, int]] = set()
-        for name, reference in self._configured.items():
-            version = self.version_of(name)
-            if version is None:
-                raise ArtifactError(
-                    f"Expected an alias of model {name} in {self._config.models_uri}. Received: {reference}. "
-                    "Next: see `cnn-ray model list`."
-                )
-            wanted.add((name, version))
-            canary = self.version_of(name, self._config.canary) if self._config.canary_percent > 0 else None
-            if canary is not None:
-                wanted.add((name, canary))
-        return wanted
+    def _followed(self, name: str) -> list[str]:
+        """Return the aliases of a model whose versions are kept warm."""
+        configured, canary = self._configured[name], self._config.canary
+        found = [] if configured.isdigit() else [configured]
+        return found + ([canary] if canary is not None and self._config.canary_percent > 0 else [])
+
+    def _wanted(self, name: str) -> set[tuple[str, int]]:
+        version = self.version_of(name)
+        if version is None:
+            raise self._alias_missing(name)
+        canary = self.version_of(name, self._config.canary) if self._config.canary_percent > 0 else None
+        return {(name, wanted) for wanted in (version, canary) if wanted is not None}
+
+    def _alias_missing(self, name: str) -> ArtifactError:
+        return ArtifactError(
+            f"Expected an alias of model {name} in {self._config.models_uri}. Received: {self._configured[name]}. "
+            "Next: see `cnn-ray model list`."
+        )
 
     async def _loaded(self, key: tuple[str, int]) -> ServedModel:
         """The version, from memory or loaded once for all who wait for it, even if some of them go away."""

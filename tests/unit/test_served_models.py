@@ -76,6 +76,95 @@ def test_a_new_version_that_cannot_be_loaded_leaves_the_old_one(models_uri, capl
     assert len(told) == 1, "once, not at every poll"
 
 
+def damage(models_uri: str, version: int) -> None:
+    (Path(models_uri) / "small" / str(version) / "openvino" / "model.bin").write_bytes(b"damaged")
+
+
+def test_a_damaged_version_is_named_until_it_is_repaired(models_uri, monkeypatch):
+    monkeypatch.setattr(served_models, "RETRY_FAILED_S", 0)
+    weights = Path(models_uri) / "small" / "3" / "openvino" / "model.bin"
+    whole = weights.read_bytes()
+
+    async def run():
+        models = loaded(models_uri)
+        set_alias(models_uri, "small", "champion", 3)
+        damage(models_uri, 3)
+        await models.follow()
+        seen = [(dict(models.failed("small")), models.version_of("small"))]
+        weights.write_bytes(whole)
+        await models.follow()
+        return [*seen, (dict(models.failed("small")), models.version_of("small"))]
+
+    (first, meant), after = asyncio.run(run())
+
+    assert (list(first), meant) == ([("small", 3)], 1)
+    assert "other bytes in openvino/model.bin" in str(first["small", 3])
+    assert after == ({}, 3)
+
+
+def test_a_damaged_version_is_forgotten_when_the_alias_goes_back(models_uri):
+    async def run():
+        models = loaded(models_uri)
+        set_alias(models_uri, "small", "champion", 3)
+        damage(models_uri, 3)
+        await models.follow()
+        set_alias(models_uri, "small", "champion", 1)
+        await models.follow()
+        return models.failed(), models.version_of("small")
+
+    assert asyncio.run(run()) == ({}, 1)
+
+
+def test_a_damaged_version_is_not_read_at_every_poll(models_uri, monkeypatch):
+    read: list[int] = []
+    load = ServedModels._load
+
+    def counting(self, name, version):
+        read.append(version)
+        return load(self, name, version)
+
+    monkeypatch.setattr(ServedModels, "_load", counting)
+
+    async def run():
+        models = loaded(models_uri)
+        set_alias(models_uri, "small", "champion", 3)
+        damage(models_uri, 3)
+        for _ in range(5):
+            await models.follow()
+            assert list(models.failed()) == [("small", 3)]
+
+    asyncio.run(run())
+
+    assert read == [1, 3]
+
+
+def test_while_a_new_version_loads_the_old_one_answers(models_uri, monkeypatch):
+    async def run():
+        models = loaded(models_uri)
+        set_alias(models_uri, "small", "champion", 3)
+        following = asyncio.create_task(models.follow())
+        meant = set()
+        while not following.done():
+            meant.add((models.version_of("small"), models.peek("small", models.version_of("small")) is not None))
+            await asyncio.sleep(0)
+        return meant
+
+    assert asyncio.run(run()) <= {(1, True), (3, True)}
+
+
+def test_one_damaged_alias_does_not_hold_the_others_back(models_uri):
+    async def run():
+        models = loaded(models_uri, canary="candidate", canary_percent=10)
+        damage(models_uri, 3)
+        set_alias(models_uri, "small", "candidate", 3)
+        set_alias(models_uri, "small", "champion", 4)
+        set_alias(models_uri, "small", "third", 1)
+        await models.follow()
+        return [models.version_of("small", name) for name in (None, "champion", "candidate", "third")]
+
+    assert asyncio.run(run()) == [4, 4, 2, 1]
+
+
 def test_aliases_that_cannot_be_read_for_a_while_change_nothing(models_uri):
     async def run():
         models = loaded(models_uri)
