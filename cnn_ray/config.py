@@ -29,6 +29,7 @@ from cnn_ray.errors import ConfigError
 from cnn_ray.yaml_files import load_yaml as load_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
+S3_SCHEMES = re.compile(r"^s3[an]?://", re.IGNORECASE)
 REFERENCE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}@([1-9][0-9]{0,8}|[A-Za-z][A-Za-z0-9_-]{0,99})$"
 
 Engine = Literal["auto", "tensorflow", "openvino"]
@@ -69,6 +70,17 @@ class Config(BaseModel):
     """Base of the job configurations: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_name_for_s3(cls, value: Any) -> Any:
+        """Write s3a:// and s3n://, Hadoop's names, and S3:// as s3://."""
+        if isinstance(value, str):
+            return S3_SCHEMES.sub("s3://", value)
+        if isinstance(value, list | tuple):
+            items: list[Any] = [*value]
+            return [S3_SCHEMES.sub("s3://", item) if isinstance(item, str) else item for item in items]
+        return value
 
 
 class ModelConfig(Config):

@@ -95,7 +95,19 @@ class ImageReader:
             data = self.fetch(uri, etag)
             if isinstance(data, RowFailure):
                 return data, None
+            if etag is not None and len(data) != size_bytes and not self._has_size(uri, size_bytes):
+                return RowFailure(QuarantineCode.CHANGED, "its size is not the one that was planned"), None
             return self._decode(data, out), hashlib.sha256(data).digest()
+
+    def _has_size(self, uri: str, size_bytes: int) -> bool:
+        """Whether the object is stored with this size: one that is stored compressed has more bytes when it is read.
+
+        A manifest may say sizes itself, so a planned size is not always one that storage has told.
+        """
+        if self._stores is None or is_packed(uri):
+            return True
+        store, key = self._stores.locate(uri)
+        return store.head(key).size_bytes == size_bytes
 
     def _decode(self, data: bytes, out: NDArray[np.uint8]) -> tuple[int, int] | RowFailure:
         decoders = self._decoders or shared_decoders((LARGEST_SIDE_PX, LARGEST_SIDE_PX), self._caps)

@@ -66,8 +66,8 @@ def open_store(uri: str) -> Store:
             raise ConfigError("Expected a folder or s3://bucket/prefix. Received: nothing. Next: name a location.")
         return LocalStore(uri)
     match scheme[1].lower():
-        case "s3":
-            return S3Store(uri)
+        case "s3" | "s3a" | "s3n":  # the last two are Hadoop's names of the same
+            return S3Store(f"s3://{uri[scheme.end() :]}")
         case "file" if uri[scheme.end() :].startswith("/"):
             return LocalStore(unquote(uri[scheme.end() :], errors="surrogateescape"))
         case other:

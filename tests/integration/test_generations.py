@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from factories import image_bytes, write_images
 
-from cnn_ray import manifests, outputs, score
+from cnn_ray import manifests, outputs, planning, score
 from cnn_ray.config import ScoreConfig
-from cnn_ray.errors import ConfigError, PlanError, QuarantineLimitError, UnavailableError
+from cnn_ray.errors import ConfigError, DataError, PlanError, QuarantineLimitError, UnavailableError
 from cnn_ray.outputs import Partition
 from cnn_ray.storage import LocalStore
 from cnn_ray.tallies import tally_of
@@ -294,7 +294,33 @@ def test_manifest_inputs_grow_and_an_object_that_vanished_keeps_its_row(tmp_path
     assert (result.changes.new, result.changes.changed, result.changes.removed) == (1, 0, 1)
     rows = outputs.read(uri)
     assert rows["input_brand"].to_pylist() == ["a", "b", "7"]
-    assert rows["input_n"].to_pylist() == [1, 2, 3]
+    assert rows["input_n"].to_pylist() == ["1", "2", "3"]
+    table.write_text(table.read_text() + "shot-0003.png,c,spring\n")
+    score.run_score(settings)
+    assert outputs.read(uri)["input_n"].to_pylist() == ["1", "2", "3", "spring"]
+
+
+def test_plans_of_older_versions_keep_the_types_of_their_columns(tmp_path, small_models, monkeypatch):
+    """Versions before text columns planned numbers: such a partition goes on with them, or says why it cannot."""
+    source = write_images(tmp_path / "in", 3)
+    table = source / "list.csv"
+    table.write_text("uri,n\nshot-0000.png,1\n")
+    settings = config(small_models, table, tmp_path / "out")
+    listed = planning.list_inputs
+
+    def typed(*arguments):
+        for rows in listed(*arguments):
+            yield rows.set_column(3, "input_n", rows["input_n"].cast("int64"))
+
+    monkeypatch.setattr(planning, "list_inputs", typed)
+    uri = score.run_score(settings).partition_uri
+    monkeypatch.setattr(planning, "list_inputs", listed)
+    table.write_text("uri,n\nshot-0000.png,1\nshot-0001.png,2\n")
+    score.run_score(settings)
+    assert outputs.read(uri)["input_n"].to_pylist() == [1, 2]
+    table.write_text("uri,n\nshot-0000.png,1\nshot-0001.png,2\nshot-0002.png,spring\n")
+    with pytest.raises(DataError, match="'n', as in earlier generations"):
+        score.run_score(settings)
 
 
 def test_generations_on_s3(tmp_path, small_models, s3_uri):

@@ -100,7 +100,7 @@ def test_compaction_joins_generations_with_other_input_columns(tmp_path, small_m
     uri = score.run_score(settings).partition_uri
     runs.compact_run(uri, str(tmp_path / "c"))
     table = pyarrow.dataset.dataset(tmp_path / "c").to_table()
-    assert (table["input_a"].to_pylist(), table["input_b"].to_pylist()) == ([1, None], [None, "y"])
+    assert (table["input_a"].to_pylist(), table["input_b"].to_pylist()) == (["1", None], [None, "y"])
 
 
 def test_compaction_to_s3(two_generations, s3_uri):

@@ -263,7 +263,7 @@ def test_manifest_formats_agree(tmp_path, small_models, suffix):
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
     uri = score.run_score(config(small_models, file, tmp_path / "out")).partition_uri
-    assert outputs.read(uri)["input_n"].to_pylist() == [2, 1]
+    assert outputs.read(uri)["input_n"].to_pylist() == ["2", "1"]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_manifest_formats_agree(tmp_path, small_models, suffix):
     [
         ("uri\na.png\na.png\n", "twice"),
         ("file\na.png\n", "Expected a column 'uri'"),
-        ("", "Expected a readable manifest"),
+        ("", "Expected a header and rows"),
     ],
 )
 def test_wrong_manifests_are_refused(tmp_path, small_models, text, error):
@@ -354,3 +354,16 @@ def test_rows_that_do_not_add_up_never_reach_the_manifest(tmp_path, small_models
     with pytest.raises(PlanError, match="Expected 5 rows"):
         score.run_score(config(small_models, source, tmp_path / "out"))
     assert not list(Path(partition(tmp_path / "out")).glob("_manifest*"))
+
+
+def test_what_a_manifest_says_of_an_object_is_checked(tmp_path, small_models):
+    source = write_images(tmp_path / "in", 3)
+    store = LocalStore(str(source))
+    infos = [store.head(f"shot-{k:04d}.png") for k in range(3)]
+    rows = [(infos[0].etag, infos[0].size_bytes), (infos[1].etag, 7), ("1-2", infos[2].size_bytes)]
+    text = "".join(f"shot-{k:04d}.png,{etag},{size}\n" for k, (etag, size) in enumerate(rows))
+    (source / "list.csv").write_text(f"uri,etag,size\n{text}")
+    settings = config(small_models, source / "list.csv", tmp_path / "out", max_quarantine_rate=1)
+    uri = score.run_score(settings).partition_uri
+    assert outputs.read(uri)["uri"].to_pylist() == [f"{source}/shot-0000.png"]
+    assert outputs.read_quarantine(uri)["code"].to_pylist() == ["changed", "changed"]

@@ -40,3 +40,19 @@ def test_what_says_that_a_folder_is_complete_is_no_image(tmp_path, place, reques
         store.put(name, data)
     listed = [uri for table in inputs.list_inputs(uri, "uri") for uri in table["uri"].to_pylist()]
     assert listed == sorted(store.uri_of(name) for name in images)
+
+
+@pytest.mark.parametrize("scheme", ["s3a", "S3N", "S3", "s3"])
+def test_other_names_of_s3_are_s3(scheme):
+    from cnn_ray.config import ScoreConfig
+
+    assert open_store(f"{scheme}://bucket/p").uri == "s3://bucket/p"
+    given = ScoreConfig.model_validate(
+        {
+            "model": "m@1",
+            "input_uri": f"{scheme}://in/x",
+            "output_uri": f"{scheme}://out",
+            "allow_uris": [f"{scheme}://a"],
+        }
+    )
+    assert (given.input_uri, given.output_uri, given.allow_uris) == ("s3://in/x", "s3://out", ("s3://a",))
