@@ -209,6 +209,8 @@ def _json_lines(text: bytes, uri: str, uri_column: str) -> ManifestTable:
         if len(rows) >= BATCH_ROWS:
             tables.append(_text_table(rows, names))
             rows = []
+    if not lines:
+        raise DataError(f"Expected a JSON object in each line of {uri}. Received: an empty file. Next: write it again.")
     tables.append(_text_table(rows, names))
     return ManifestTable(
         pa.concat_tables(tables, promote_options="permissive"), lambda row: f"row {row + 1} (line {lines[row]})"

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from cnn_ray.allowed_uris import allowed_locations
 from cnn_ray.errors import DataError
 from cnn_ray.manifest_files import ManifestTable, read_manifest
+from cnn_ray.manifest_text import MOST_BYTES
 from cnn_ray.object_lookup import ABSENT, DENIED, NOT_ALLOWED, look_up
 from cnn_ray.records import INPUT_PREFIX, LISTING_SCHEMA
 from cnn_ray.redaction import redact
@@ -37,6 +38,9 @@ _ETAG = r'^"?[!#-\[\]-~]{1,255}"?$'
 _SIZE = r"^[0-9]{1,18}$"
 _AWKWARD = re.compile(r"[\x00-\x1f\x7f ,;{}()=]+")
 """Spark, Hive and Delta tables take no such characters in the name of a column."""
+
+MOST_ALL_BYTES = 8 << 30
+"""Text of all columns and files of a manifest; one column of locations must fit into one Arrow array."""
 
 Place = Callable[[int], str]
 
@@ -85,13 +89,18 @@ def listing_of(
     Raises:
         DataError: a location stands twice, or an etag or size is none.
     """
+    if rows.nbytes > MOST_ALL_BYTES or rows["name"].nbytes > MOST_BYTES:
+        raise DataError(
+            f"Expected at most {MOST_ALL_BYTES >> 30} GiB of text in {uri}. Received: {rows.num_rows} rows that hold "
+            "more. Next: split the manifest."
+        )
     names = _one_array(rows["name"])
     located = allowed_locations(names, root.uri, allow_uris)
     uris = _with_refused(located, names)
     rows = rows.drop_columns(["name"])
     first = pc.index_in(uris, value_set=uris)
     is_first = pc.equal(first, pa.array(np.arange(len(uris), dtype=np.int32)))
-    if not pc.all(is_first).as_py():
+    if pc.any(pc.invert(is_first)).as_py():
         if options.on_duplicate == "error":
             raise _twice(uris, first, is_first, uri, place)
         kept = np.flatnonzero(is_first.to_numpy(zero_copy_only=False))

@@ -272,6 +272,7 @@ def test_manifest_formats_agree(tmp_path, small_models, suffix):
         ("uri\na.png\na.png\n", "twice"),
         ("file\na.png\n", "Expected a column 'uri'"),
         ("", "Expected a header and rows"),
+        ("uri\n", "Expected images"),
     ],
 )
 def test_wrong_manifests_are_refused(tmp_path, small_models, text, error):

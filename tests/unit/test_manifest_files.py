@@ -159,6 +159,10 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line):
     assert "Next:" in message
 
 
+def test_json_lines_without_a_line(tmp_path):
+    assert "empty file" in refused(tmp_path, "m.jsonl", "\n\n")
+
+
 def test_parquet_values_are_text(tmp_path):
     utc = datetime.datetime(2026, 11, 27, 10, 0, 0, 120_000, datetime.UTC)
     table = pa.table(

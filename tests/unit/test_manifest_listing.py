@@ -97,6 +97,12 @@ def test_a_row_without_a_location_is_named(tmp_path, text):
     assert "row 2 (line 3)" in refused(tmp_path, text)
 
 
+@pytest.mark.parametrize("text", ["uri\n", "uri,etag,size\n", "uri,etag,size,x\n\n"])
+@pytest.mark.parametrize("on_duplicate", ["error", "first"])
+def test_a_header_alone_is_a_listing_without_rows(tmp_path, text, on_duplicate):
+    assert listing(tmp_path, text, on_duplicate=on_duplicate).num_rows == 0
+
+
 def test_missing_columns_get_a_hint(tmp_path):
     assert "--uri-column" in refused(tmp_path, "path,c\na,1\n")
     assert "separate the cells by commas, not by ';'" in refused(tmp_path, "uri;c\na;1\n")
