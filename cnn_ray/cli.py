@@ -103,7 +103,7 @@ def commands() -> None:
 def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: Any) -> None:
     """Score every image in INPUT into Parquet under OUTPUT, exactly once.
 
-    INPUT is a folder, an s3:// prefix, or a manifest (.csv, .parquet, .jsonl); OUTPUT is a folder or an s3:// prefix.
+    INPUT is a folder, an s3:// prefix, or a manifest (.csv, .jsonl, .parquet); OUTPUT is a folder or s3:// prefix.
     Run the same command again after anything: it goes on where it stopped, and a finished run is a no-op.
     """
     config = config_from_flags(ScoreConfig, config_file, flags)

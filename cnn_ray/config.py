@@ -113,7 +113,9 @@ class ScoreConfig(ModelConfig):
     """One scoring run: every image under the input becomes one row of Parquet, or one row of the quarantine."""
 
     input_uri: str
-    """Folder, s3:// prefix, or manifest (.csv, .parquet, .jsonl) of the images; {date} is replaced by --date."""
+    """Folder, s3:// prefix, or manifest of the images; {date} is replaced by --date. A manifest is a file .csv, .tsv,
+    .jsonl or .ndjson (also .gz), a file or a Spark folder .parquet, any FOLDER/*.parquet (quote it), or the
+    manifest.json of an S3 Inventory."""
     output_uri: str
     """Folder or s3:// prefix for the results; each model version and date gets its own partition below it."""
     date: Day | None = None
@@ -231,7 +233,7 @@ class DataConfig(Config):
     """Labelled images: class folders, a manifest with one row per image, or a data set as it is distributed."""
 
     uri: str
-    """Folder or s3:// prefix with one folder per class, a manifest (.csv, .parquet), keras.datasets.cifar10, an .npz of
+    """Folder or s3:// prefix with one folder per class, a manifest (as for score), keras.datasets.cifar10, an .npz of
     encoded images, or the folder of Oxford 102 Flowers (jpg/, imagelabels.mat, setid.mat)."""
     format: Literal["auto", "folders", "manifest", "cifar10", "flowers102"] = "auto"
     """How the data lie there; auto sees it from the name and the files."""

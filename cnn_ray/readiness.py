@@ -8,7 +8,7 @@ from datetime import datetime
 from cnn_ray.config import NightlyConfig
 from cnn_ray.errors import NotFoundError
 from cnn_ray.inputs import list_inputs
-from cnn_ray.manifest_files import is_manifest, manifest_exists
+from cnn_ray.manifest_files import ALL_PARQUET, is_manifest, manifest_exists
 from cnn_ray.partitions import fill_date
 from cnn_ray.storage import open_store, split_uri
 
@@ -22,14 +22,14 @@ def why_not_ready(config: NightlyConfig, date: Date, now: datetime) -> str | Non
     uri = fill_date(config.score.input_uri, date)
     folder, name = split_uri(uri) if is_manifest(uri) else (uri, "")
     store, marker = open_store(folder), config.wait_for_marker
-    if marker is not None and not store.exists(marker):
+    if marker is not None and not store.exists(marker) and not (name and open_store(uri).exists(marker)):
         return f"waits for {store.uri_of(marker)}"
     if name and not manifest_exists(uri):
         return f"waits for {uri}"
     if marker is None and is_empty(config, date):
         return f"waits for the first screenshot in {uri}"
     if config.min_age_s > 0:
-        newest_s = store.newest_s(name)
+        newest_s = store.newest_s("" if name == ALL_PARQUET else name)
         age_s = config.min_age_s if newest_s is None else now.timestamp() - newest_s
         if age_s < config.min_age_s:
             return f"waits until the newest object in {uri} is {config.min_age_s:g} s old; it is {age_s:.0f} s"

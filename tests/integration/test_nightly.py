@@ -411,3 +411,21 @@ def test_the_calendar_believes_partitions_more_than_records(tmp_path, make):
     known = {D24.isoformat(): busy}
     nightly_status.record(f"{tmp_path}/out", "small", lambda model: model.model_copy(update={"dates": known}))
     assert [s.state for s in calendar(config, TODAY)] == ["owed", "owed"]
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+@pytest.mark.parametrize("name", ["{date}.parquet", "{date}.parquet/", "{date}/*.parquet"])
+def test_a_folder_of_parquet_files_is_ready_when_it_has_some(make, tmp_path, s3_uri, place, name):
+    base = str(tmp_path / "lists") if place == "local" else f"{s3_uri}/lists"
+    folder = f"{base}/{name}".replace("/*.parquet", "").rstrip("/").replace("{date}", str(D24))
+    config = make(input_uri=f"{base}/{name}", min_age_s=60)
+    marked = make(input_uri=f"{base}/{name}", wait_for_marker="_SUCCESS")
+    now = datetime.now(UTC)
+    assert (why_not_ready(config, D24, now) or "").startswith("waits for ")
+    store = open_store(folder)
+    store.put("part-0.parquet", b"x")
+    assert "is 60 s old" in (why_not_ready(config, D24, now + timedelta(seconds=30)) or "")
+    assert why_not_ready(config, D24, now + timedelta(seconds=90)) is None
+    assert (why_not_ready(marked, D24, now + timedelta(seconds=90)) or "").startswith("waits for ")
+    store.put("_SUCCESS", b"")
+    assert why_not_ready(marked, D24, now + timedelta(seconds=90)) is None
