@@ -62,6 +62,13 @@ def is_inventory(uri: str) -> bool:
     return uri.rpartition("/")[2] == INVENTORY_NAME
 
 
+def collection_of(uri: str) -> str | None:
+    """Return the folder all of whose files are the input, None where it is one file."""
+    if not is_manifest(uri):
+        return uri
+    return _folder_of(uri).uri if uri.rstrip("/").lower().endswith(".parquet") else None
+
+
 def manifest_exists(uri: str) -> bool:
     """Whether the manifest is there, be it a file or a folder of Parquet files."""
     folder, name = split_uri(uri)

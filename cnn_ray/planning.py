@@ -12,7 +12,7 @@ from cnn_ray.config import ScoreConfig
 from cnn_ray.errors import ConfigError, DataError, NotFoundError
 from cnn_ray.generations import Changes, earlier_plans, next_plan
 from cnn_ray.inputs import list_inputs
-from cnn_ray.manifest_files import is_manifest
+from cnn_ray.manifest_files import collection_of
 from cnn_ray.manifest_listing import ManifestOptions
 from cnn_ray.manifests import Manifest
 from cnn_ray.outputs import Partition
@@ -103,11 +103,11 @@ def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
 
 
 def _refuse_output_in_input(input_uri: str, output_uri: str) -> None:
-    inside, outside = (f"{open_store(uri).uri}/" for uri in (output_uri, input_uri))
-    if not is_manifest(input_uri) and inside.startswith(outside):
+    collection = collection_of(input_uri)
+    if collection is not None and f"{open_store(output_uri).uri}/".startswith(f"{open_store(collection).uri}/"):
         raise ConfigError(
             f"Expected OUTPUT outside of INPUT. Received: {output_uri} inside {input_uri}, where the next run would "
-            "take results for images. Next: choose another OUTPUT."
+            "take results for its input. Next: choose another OUTPUT."
         )
 
 

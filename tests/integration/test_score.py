@@ -368,3 +368,10 @@ def test_what_a_manifest_says_of_an_object_is_checked(tmp_path, small_models):
     uri = score.run_score(settings).partition_uri
     assert outputs.read(uri)["uri"].to_pylist() == [f"{source}/shot-0000.png"]
     assert outputs.read_quarantine(uri)["code"].to_pylist() == ["changed", "changed"]
+
+
+@pytest.mark.parametrize("name", ["lists.parquet", "lists.parquet/", "lists/*.parquet", "lists"])
+def test_output_inside_of_a_folder_that_is_read_is_refused(tmp_path, small_models, name):
+    folder = tmp_path / name.split("/")[0]
+    with pytest.raises(ConfigError, match="outside of INPUT"):
+        score.run_score(config(small_models, f"{tmp_path}/{name}", folder / "out"))
