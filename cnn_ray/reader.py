@@ -62,10 +62,13 @@ class ImageReader:
             return store.get(key, if_match=etag, max_bytes=self._caps.max_bytes)
         except NotFoundError:
             return RowFailure(
-                QuarantineCode.NOT_FOUND, "it was there when the run was planned" if planned else "no such object"
+                QuarantineCode.NOT_FOUND, "it is not there, or not any more" if planned else "no such object"
             )
         except ChangedError:
-            return RowFailure(QuarantineCode.CHANGED, "it changed after the run was planned")
+            return RowFailure(
+                QuarantineCode.CHANGED,
+                "it is not the version that was planned: it changed, or the manifest has another etag",
+            )
         except AccessDeniedError:
             return RowFailure(QuarantineCode.ACCESS_DENIED, "the credentials of the run may not read it")
         except TooLargeError:
