@@ -46,7 +46,7 @@ def night(tmp_path_factory, small_models) -> tuple[Path, Rows]:
         copy_model(folder / "models", name, version)
     source = write_images(folder / "in", 6, bad=1)
     names = [path.name for path in sorted(source.iterdir())]
-    (source / "shots.csv").write_text("uri,campaign\n" + "".join(f"{name},c{k:03}\n" for k, name in enumerate(names)))
+    (source / "shots.csv").write_text("uri,campaign\n" + "".join(f"{name},{k:03}\n" for k, name in enumerate(names)))
     rows: Rows = []
     for day in DAYS:
         for name, version in MODELS:
@@ -114,7 +114,7 @@ def test_every_reader_sees_one_table_with_exact_types(night, reader):
     assert sorted(zip(*columns, strict=True)) == rows
     for field in SCORE_SCHEMA:
         assert plain(table.schema.field(field.name).type) == plain(field.type), field.name
-    assert sorted(set(table["input_campaign"].to_pylist())) == [f"c{k:03}" for k in range(1, 7)]
+    assert sorted(set(table["input_campaign"].to_pylist())) == [f"{k:03}" for k in range(1, 7)]
     assert {row[0] for row in rows} == {date.fromisoformat(day) for day in DAYS}
 
 
