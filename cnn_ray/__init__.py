@@ -12,6 +12,7 @@ Domain: no clock, network, Ray or TensorFlow.
     json_bodies.py    JSON that strangers send, bounded in depth, memory and time
     rest_bodies.py    the bodies that clients of TensorFlow Serving's REST API send
     protocol.py       TensorFlow Serving's REST: routes, answers, statuses
+    encoded_bodies.py gzip and deflate bodies, bounded
     infer_bodies.py   the infer bodies of the Open Inference Protocol: JSON and binary tensors
     open_inference.py the Open Inference Protocol v2: routes and answers
 

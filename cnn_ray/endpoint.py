@@ -20,13 +20,14 @@ from cnn_ray.access_log import AccessEntry, log_access, open_access_log, request
 from cnn_ray.answers import Answer, Answers, Call
 from cnn_ray.auth import KeyRing, is_local_request
 from cnn_ray.config import ServeConfig
+from cnn_ray.encoded_bodies import ACCEPTED, encoding_of, inflate
 from cnn_ray.endpoint_metrics import CONTENT_TYPE as METRICS_TYPE
 from cnn_ray.endpoint_metrics import EndpointMetrics, Snapshot, render
 from cnn_ray.errors import CnnRayError
 from cnn_ray.gateway import RETRY_AFTER_S, SERVED_BY
 from cnn_ray.images import ImageCaps
 from cnn_ray.page_files import page_file
-from cnn_ray.request_errors import ForbiddenError
+from cnn_ray.request_errors import EncodingError, ForbiddenError
 from cnn_ray.served_models import ImageDecoder, ServedModels
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,8 @@ class Endpoint:
         elif isinstance(error, protocol.UnauthorizedError):
             self.metrics.rejected("unauthorized")
             headers["WWW-Authenticate"] = "Bearer"
+        elif isinstance(error, EncodingError):
+            headers["Accept-Encoding"] = ACCEPTED
         elif isinstance(error, protocol.MethodError):
             headers["Allow"] = error.allow
         return _error(error.http_status, str(error), headers)
@@ -261,8 +264,7 @@ class Endpoint:
     async def _read_body(self, call: Call, receive: Receive) -> None:
         """Afterwards call.body is the whole body, counted in the bytes of all bodies in flight."""
         most = self.config.max_body_bytes
-        if call.headers.get("content-encoding", "identity").lower() != "identity":
-            raise protocol.UnsupportedTypeError("Expected a body without Content-Encoding. Received: an encoded one.")
+        encoding = encoding_of(call.headers.get("content-encoding"))
         declared = protocol.declared_size(call.headers.get("content-length"))
         protocol.check_body_size(declared, most)
         chunks: list[bytes] = []
@@ -288,6 +290,10 @@ class Endpoint:
             ) from None
         finally:
             call.body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if encoding is not None:
+            plain = await asyncio.to_thread(inflate, call.body, encoding, most)
+            self._body_bytes += len(plain) - len(call.body)
+            call.body = plain
 
 
 def _only_get(call: Call) -> None:

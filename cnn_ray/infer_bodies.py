@@ -94,15 +94,18 @@ def _object(value: object, what: str) -> dict[str, Any]:
 
 
 def _parameters(holder: dict[str, Any]) -> dict[str, Any]:
-    parameters = _object(holder.get("parameters", {}), "'parameters'")
+    given: object = holder.get("parameters")  # optional fields may be null: many JSON libraries write them so
+    parameters = {} if given is None else _object(given, "'parameters'")
     for name in _REFUSED_PARAMETERS:
-        if name in parameters:
+        if parameters.get(name) is not None:
             raise RequestError(f"The parameter '{name}' is not supported here.")
     return parameters
 
 
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
-    value: object = parameters.get(name, default)
+    value: object = parameters.get(name)
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise RequestError(f"Expected the parameter '{name}' as true or false.")
     return value
@@ -110,7 +113,9 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
 
 def _outputs(document: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
     binary = _flag(_parameters(document), "binary_data_output", False)
-    wanted: object = document.get("outputs", [])
+    wanted: object = document.get("outputs")
+    if wanted is None:
+        wanted = []
     if not isinstance(wanted, list):
         raise RequestError("Expected 'outputs' as a list.")
     outputs: dict[str, bool] = {}
@@ -142,7 +147,7 @@ def _binary(tensor: dict[str, Any], rest: memoryview) -> memoryview | None:
         return None
     if type(size) is not int or size != len(rest):
         raise RequestError(f"Expected {len(rest)} as 'binary_data_size': so many bytes follow the JSON.")
-    if "data" in tensor:
+    if tensor.get("data") is not None:
         raise RequestError("Expected either 'data' or 'binary_data_size'. Received: both.")
     return rest
 

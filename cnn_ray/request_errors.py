@@ -66,6 +66,10 @@ class UnsupportedTypeError(RequestError):
     http_status: ClassVar[int] = 415
 
 
+class EncodingError(UnsupportedTypeError):
+    """The body has a Content-Encoding that is not read here."""
+
+
 class OverloadedError(RequestError):
     """More requests than can be answered now: the client may come again soon."""
 
