@@ -62,7 +62,8 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
     grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
     low = cv2.dct(grey.astype(np.float32))[:LOW_FREQUENCIES, :LOW_FREQUENCIES].ravel()
-    bits = low > np.median(low)
+    middle = np.partition(low, (31, 32))  # numpy's median takes three times as long as the rest
+    bits = low > (middle[31] + middle[32]) / np.float32(2)
     return int(np.packbits(bits).view(np.uint64)[0])
 
 
