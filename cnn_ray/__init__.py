@@ -2,11 +2,11 @@
 
 Domain: no clock, network, Ray or TensorFlow.
     errors.py         what can go wrong: exit codes and HTTP statuses
+    partitions.py     date and model version <-> location
     yaml_files.py     YAML files that people write, without values that change or get lost
     config.py         one frozen class per job; its docstrings are the documentation of every flag
     records.py        the column contract of everything written, and the codes of the quarantine
     redaction.py      secrets taken out of what is shown or stored
-    partitions.py     date and model version <-> location
     plan.py           listing -> frozen plan of shards; which of them are pending
     request_errors.py what can be wrong with an HTTP request, each with its status
     json_bodies.py    JSON that strangers send, bounded in depth, memory and time
@@ -19,11 +19,13 @@ Domain: no clock, network, Ray or TensorFlow.
 Bytes in, bytes out.
     user_folders.py   folders that any user may write, without a home too
     machine_errors.py what this machine lacks, whichever library met it first
+    input_filters.py  which names below an input are images
     storage_base.py   the interface of a store, and what its implementations share
     storage_retry.py  which failures are tried again, how often and how long
     storage_pages.py  a page of an S3 listing as Arrow columns
     storage_ranges.py a long S3 listing in order, many ranges of names at once
     storage_s3.py     S3
+    local_walk.py     a local folder as sorted rows, links as far as they are followed
     storage.py        local folders; open_store(uri)
     stores.py         the stores of a job: one per bucket and process
     memory.py         what a process does with memory that it frees
@@ -67,7 +69,6 @@ Jobs.
     placement.py      CPUs and GPUs that are asked for and not there: refused, or waited for aloud
     known_sets.py     CIFAR-10 and Oxford 102 Flowers as they are distributed
     reader.py         uri -> bytes -> pixels or a row failure
-    input_filters.py  names below an input that are no images
     labelled_rows.py  uri, class name, group, split of every image, as the data say
     near_duplicates.py images that look alike
     inspection.py     all labelled images read once: the unreadable, and those that look alike
@@ -104,6 +105,7 @@ Jobs.
     runners.py        the stages over all shards in this process
     ray_runner.py     the same by Ray Data over a cluster
     planning.py       what a run owes: frozen settings, and the plan that is open or comes next
+    quarantine_limit.py too many unreadable files: what to do about them
     score.py          plan -> pending shards -> manifest
     nightly_status.py what each date of a look-back window owes; the status object of nightly runs
     readiness.py      whether the screenshots of a date are complete

@@ -120,6 +120,7 @@ def score(config_file: str | None, print_config: bool, dry_run: bool, **flags: A
         )
         if plan.generation > 1 and not plan.resumes:
             click.echo(f"Generation {plan.generation}: {ui.describe_changes(plan.changes)}.")
+        ui.say_left_out(plan.left_out, stdout_console())
         return None
     with ui.RowProgress("scored", stderr_console()) as bar:
         result = job.run_score(config, lambda p: bar.update(p.rows, p.planned, p.quarantined))

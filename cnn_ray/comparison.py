@@ -44,6 +44,7 @@ class Night(BaseModel):
     bad: tuple[BadRow, ...] = ()
     removed: int = 0
     accepted: int = 0
+    left_out: dict[str, int] = {}
     model_digest: str = ""
     engine: str = ""
     precision: str = ""

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -64,6 +65,18 @@ def parse_date(text: str, flag: str) -> Date:
 
 Day = Annotated[Date, BeforeValidator(_as_date)]
 """A UTC date."""
+
+
+def _as_patterns(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the patterns of names; an empty one names nothing, and is a mistake."""
+    wrong = next((value for value in values if not value or "\0" in value), None)
+    if wrong is not None:
+        raise ValueError(f"Expected patterns such as *.png. Received: {wrong!r}.")
+    return values
+
+
+Patterns = Annotated[tuple[str, ...], AfterValidator(_as_patterns)]
+"""Patterns of fnmatch over names relative to an input."""
 
 
 class Config(BaseModel):
@@ -132,6 +145,15 @@ class ScoreConfig(ModelConfig):
     allow_uris: tuple[str, ...] = ()
     """Locations (s3://bucket, s3://bucket/prefix, /folder) that a manifest may name besides its own folder. Without
     any one in S3 may name its own bucket, a local one whatever this run can read; never http. Else: uri_not_allowed."""
+    include: Patterns = ()
+    """Score only files whose name below the input fits one of these patterns, such as *.png: * takes / too, and case
+    counts. In a manifest the patterns hold for the location (below the manifest's folder: for the rest of it)."""
+    exclude: Patterns = ()
+    """Leave out files whose name below the input fits one of these patterns; thumbs/ means what lies in that folder.
+    Files of operating systems and writers (.DS_Store, ._*, Thumbs.db, _SUCCESS, _temporary/) always are left out."""
+    follow_symlinks: bool = False
+    """Follow symbolic links of a local input wherever they lead, as far as this user may read; without it those that
+    lead outside of the input are left out. Not together with allow_uris."""
     runner: Literal["auto", "local", "ray"] = "auto"
     """local (this process), ray (a cluster, or a local Ray), or auto: ray when RAY_ADDRESS is set."""
     limit: PositiveInt | None = None
@@ -158,6 +180,14 @@ class ScoreConfig(ModelConfig):
     """Write _report.html, for people, into the partition at the end; it fetches the images that it shows once more."""
     lease_s: Annotated[float, Field(ge=2)] = 60
     """How long a run that died silently blocks the partition for others."""
+
+    @model_validator(mode="after")
+    def _links_within_allowed_locations(self) -> ScoreConfig:
+        if self.follow_symlinks and self.allow_uris:
+            raise ValueError(
+                "Expected follow_symlinks or allow_uris. Received: both, but a link may lead past what is allowed."
+            )
+        return self
 
     @model_validator(mode="after")
     def _date_for_placeholder(self) -> ScoreConfig:

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from cnn_ray.input_filters import describe_left_out
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -180,9 +182,14 @@ def print_score_result(result: ScoreResult, console: Console) -> None:
     rows += [(f"  label {label}", str(count)) for label, count in manifest.labels.items()]
     rows += [("flagged", str(manifest.flagged)), ("quarantined", str(manifest.quarantined))]
     rows += [(f"  {code}", str(count)) for code, count in manifest.codes.items()]
+    if manifest.left_out and not result.already_done:
+        rows += [("left out of INPUT", str(sum(manifest.left_out.values())))]
+        rows += [(f"  {reason}", str(count)) for reason, count in manifest.left_out.items()]
     if not result.already_done:
         rows += [("images/s", f"{result.images_per_s:.0f}")]
     print_table(console, f"{manifest.model}@{manifest.version}, {manifest.engine} {manifest.precision}", rows)
+    if not result.already_done:
+        say_left_out(manifest.left_out, console)
     if result.already_done:
         say(console, "Already scored: nothing was left to do.")
         if result.changes.removed:
@@ -196,6 +203,12 @@ def print_score_result(result: ScoreResult, console: Console) -> None:
         say(console, f"Predictors waited {result.attempt.wait_share:.0%} of their time for images.")
     if result.report_uri is not None:
         print_report(result.report_uri, console)
+
+
+def say_left_out(counts: Mapping[str, int], console: Console) -> None:
+    """Say on the console what lies in the input and is no image to be scored; nothing where there is none."""
+    if counts:
+        say(console, f"Left out of INPUT: {describe_left_out(counts)}.")
 
 
 def print_report(uri: str, console: Console) -> None:
@@ -230,6 +243,8 @@ def print_manifest(manifest: Manifest, console: Console) -> None:
     rows += [(f"  label {label}", f"{count:,}") for label, count in manifest.labels.items()]
     rows += [("flagged", f"{manifest.flagged:,}"), ("quarantined", f"{manifest.quarantined:,}")]
     rows += [(f"  {code}", f"{count:,}") for code, count in manifest.codes.items()]
+    rows += [("left out of the input", f"{sum(manifest.left_out.values()):,}")] if manifest.left_out else []
+    rows += [(f"  {reason}", f"{count:,}") for reason, count in manifest.left_out.items()]
     rows += [("accepted", f"{manifest.accepted:,}"), ("removed from the input", f"{manifest.removed:,}")]
     print_table(console, f"{manifest.model}@{manifest.version}, {manifest.engine} {manifest.precision}", rows)
     generations = [

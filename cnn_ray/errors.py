@@ -31,6 +31,10 @@ class DataError(ConfigError):
     """Training data or a manifest does not have the promised form."""
 
 
+class NoImagesError(DataError):
+    """The input is there and holds no image to be scored."""
+
+
 class GuardError(ConfigError):
     """A guard found one of the well-known mistakes; `--allow NAME` overrides it."""
 

@@ -1,55 +1,67 @@
-# pyright: strict
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
-# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
-# pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
-# pyright: reportAttributeAccessIssue=false
-# (the last one because pyarrow.compute makes its functions while it is imported)
 """INPUT -> sorted tables of (uri, etag, size_bytes): a folder, an s3:// prefix, or a manifest of locations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from cnn_ray.input_filters import NameFilter, Selection
 from cnn_ray.manifest_files import is_inventory, is_manifest
 from cnn_ray.manifest_listing import ManifestOptions, manifest_listing
 from cnn_ray.s3_inventory import inventory_listing
-from cnn_ray.storage import open_store
-
-SUCCESS = "_SUCCESS"
+from cnn_ray.storage import LocalStore, open_store, split_uri
+from cnn_ray.storage_base import LIST_BATCH_ROWS
 
 
 def list_inputs(
-    uri: str, uri_column: str, allow_uris: tuple[str, ...] = (), options: ManifestOptions | None = None
+    uri: str,
+    uri_column: str,
+    allow_uris: tuple[str, ...] = (),
+    options: ManifestOptions | None = None,
+    *,
+    selection: Selection | None = None,
+    left_out: Counter[str] | None = None,
 ) -> Iterator[pa.Table]:
-    """Tables with LISTING_SCHEMA (and `input_` columns of a manifest), sorted by uri, each uri once.
+    """Yield tables with LISTING_SCHEMA (and `input_` columns of a manifest), sorted by uri, each uri once.
 
-    What a manifest names outside of `allow_uris` (see `is_allowed`) is a row that nothing is fetched for.
+    What a manifest names outside of `allow_uris` (see `is_allowed`) is a row that nothing is fetched for. What the
+    selection does not take, and in a folder or bucket what is no image by its name, is counted in `left_out` by reason.
 
     Raises:
         NotFoundError: no such folder, bucket or manifest.
         DataError: the manifest cannot be parsed, lacks the column, or names a uri twice.
+        ConfigError: the patterns are too long.
     """
-    options = options or ManifestOptions()
+    selection, options = selection or Selection(), options or ManifestOptions()
+    counts = Counter[str]() if left_out is None else left_out
     if is_inventory(uri):
-        yield _without_markers(inventory_listing(uri, allow_uris, options))
-    elif is_manifest(uri):
-        yield manifest_listing(uri, uri_column, allow_uris, options)
-    else:
-        yield from map(_without_markers, open_store(uri).list())
+        table = inventory_listing(uri, allow_uris, options)
+        bucket = "/".join(table["uri"][0].as_py().split("/")[:3]) if table.num_rows else uri
+        yield NameFilter(bucket, selection, counts).images(table)
+        return
+    if is_manifest(uri):
+        root = open_store(split_uri(uri)[0]).uri
+        yield NameFilter(root, selection, counts).selected(manifest_listing(uri, uri_column, allow_uris, options))
+        return
+    store = open_store(uri, follow_symlinks=selection.follow_symlinks)
+    tables = store.list(left_out=counts) if isinstance(store, LocalStore) else store.list()
+    yield from map(NameFilter(store.uri, selection, counts).images, _joined(tables))
 
 
-def _without_markers(table: pa.Table) -> pa.Table:
-    """The rows that can be images: not those that say that a folder is complete.
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in fewer tables: the first as it comes, each later one of up to LIST_BATCH_ROWS rows or more.
 
-    Hadoop and Spark write `_SUCCESS` for that; any other name counts where it begins with `_` and the object is empty,
-    because a hash that names an image may begin with `_` too.
+    A page of S3 has 1,000 rows, and a pattern is prepared anew for each table.
     """
-    success = pc.ends_with(table["uri"], f"/{SUCCESS}")
-    empty = pc.equal(table["size_bytes"], 0)
-    if not pc.any(pc.or_(success, empty)).as_py():
-        return table
-    marker = pc.or_(success, pc.and_(empty, pc.match_substring_regex(table["uri"], "/_[^/]*$")))
-    return table.filter(pc.invert(marker))
+    waiting: list[pa.Table] = []
+    rows, wanted = 0, 1
+    for table in tables:
+        waiting.append(table)
+        rows += table.num_rows
+        if rows >= wanted:
+            yield pa.concat_tables(waiting)
+            waiting, rows, wanted = [], 0, LIST_BATCH_ROWS
+    if waiting:
+        yield pa.concat_tables(waiting)

@@ -52,6 +52,7 @@ class ManifestOptions:
     etag_column: str = AUTO_COLUMN
     size_column: str = AUTO_COLUMN
     on_duplicate: Literal["error", "first"] = "error"
+    follow_symlinks: bool = False
 
 
 def manifest_listing(uri: str, uri_column: str, allow_uris: tuple[str, ...], options: ManifestOptions) -> pa.Table:
@@ -73,7 +74,8 @@ def manifest_listing(uri: str, uri_column: str, allow_uris: tuple[str, ...], opt
         table = table.append_column(target, _nulls(len(names)) if name is None else manifest.table[name])
     for name, column in zip(_input_names(others, uri), others, strict=True):
         table = table.append_column(name, manifest.table[column])
-    return listing_of(table, open_store(split_uri(uri)[0]), uri, allow_uris, options, manifest.place)
+    root = open_store(split_uri(uri)[0], follow_symlinks=options.follow_symlinks)
+    return listing_of(table, root, uri, allow_uris, options, manifest.place)
 
 
 def listing_of(
@@ -108,7 +110,7 @@ def listing_of(
         place = lambda row: inner(int(kept[row]))  # noqa: E731 - rows are counted as in the manifest
         uris, located, rows = uris.filter(is_first), located.filter(is_first), rows.filter(is_first)
     known = _given(rows, uri, place)
-    listing = _looked_up(uris, located, known, Stores(root))
+    listing = _looked_up(uris, located, known, Stores(root, follow_symlinks=options.follow_symlinks))
     for name in rows.column_names[2:]:
         listing = listing.append_column(name, rows[name])
     return listing.sort_by("uri")

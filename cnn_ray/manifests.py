@@ -71,7 +71,8 @@ class GenerationRecord(BaseModel):
 class Manifest(BaseModel):
     """The last word on one generation. Counts and files are those of all live rows, of this and of earlier generations:
     what readers see. `removed` live rows are of objects that the input no longer had; `accepted` quarantined rows were
-    taken as they are by somebody, and only what comes on top is judged."""
+    taken as they are by somebody, and only what comes on top is judged. `left_out` counts what lay in the input and was
+    no image to be scored, by reason (`input_filters.REASONS`), when the generation was planned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: int
@@ -88,6 +89,7 @@ class Manifest(BaseModel):
     bad: tuple[BadRow, ...]
     removed: int
     accepted: int
+    left_out: dict[str, int] = {}
     parts: tuple[FileRef, ...]
     quarantine: tuple[FileRef, ...]
     superseded: tuple[FileRef, ...]

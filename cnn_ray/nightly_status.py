@@ -197,7 +197,8 @@ def _owed(date: Date, version: int, known: _Version) -> DateState:
 
 def told_of(manifest: Manifest) -> str:
     """A run in one line."""
-    return f"{manifest.scored:,} scored, {manifest.quarantined:,} quarantined, {manifest.flagged:,} flagged"
+    told = f"{manifest.scored:,} scored, {manifest.quarantined:,} quarantined, {manifest.flagged:,} flagged"
+    return told + (f", {sum(manifest.left_out.values()):,} left out" if manifest.left_out else "")
 
 
 def _parsed(store: Store, raw: bytes) -> NightlyStatus:

@@ -56,6 +56,9 @@ class Frozen(BaseModel):
     """Rows of every shard; 0: `auto_shard_size`, with `largest_shard` rows at most."""
     limit: int | None
     largest_shard: int = LARGEST_SHARD
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    follow_symlinks: bool = False
 
 
 class PageRef(BaseModel):
@@ -74,8 +77,9 @@ class PageRef(BaseModel):
 
 
 class Plan(BaseModel):
-    """What one generation of a partition scores. `removed` counts the recorded objects that its listing no longer had;
-    `accept` and `retry` say what it was asked for, so that whoever finishes it does the same."""
+    """What one generation of a partition scores. `removed` counts the recorded objects that its listing no longer had,
+    `left_out` what lies in the input and is no image to be scored, by reason (`input_filters.REASONS`); `accept` and
+    `retry` say what it was asked for, so that whoever finishes it does the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: int
@@ -85,6 +89,7 @@ class Plan(BaseModel):
     shards: int
     pages: tuple[PageRef, ...]
     removed: int = 0
+    left_out: dict[str, int] = {}
     accept: bool = False
     retry: bool = False
 
@@ -214,6 +219,8 @@ def refuse_other_settings(planned: Frozen, asked: Frozen, where: str) -> None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
 
 

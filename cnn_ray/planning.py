@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from cnn_ray.artifact import Artifact, load_artifact
 from cnn_ray.config import ScoreConfig
-from cnn_ray.errors import ConfigError, DataError, NotFoundError
+from cnn_ray.errors import ConfigError, NoImagesError, NotFoundError
 from cnn_ray.generations import Changes, earlier_plans, next_plan
+from cnn_ray.input_filters import BROKEN_LINK, EXCLUDED, LINK_OUTSIDE, NOT_INCLUDED, Selection, describe_left_out
 from cnn_ray.inputs import list_inputs
 from cnn_ray.manifest_files import collection_of
 from cnn_ray.manifest_listing import ManifestOptions
@@ -20,6 +23,8 @@ from cnn_ray.partitions import fill_date, partition_uri
 from cnn_ray.plan import Frozen, Plan, largest_shard, make_plan, refuse_other_settings
 from cnn_ray.predictor import choose_engine
 from cnn_ray.storage import open_store
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Owed:
     plan: Plan | None
     resumes: bool = False
     changes: Changes = field(default_factory=Changes)
+    left_out: Mapping[str, int] = field(default_factory=dict[str, int])
+    """What lies in the input and is no image to be scored, by reason."""
 
 
 def job_of(config: ScoreConfig) -> ScoreJob:
@@ -65,15 +72,18 @@ def owed_by(
     if first is not None:
         refuse_other_settings(first.frozen, job.frozen, partition.uri)
     if plan is not None:
-        return Owed(plan, resumes=True)
+        return Owed(plan, resumes=True, left_out=plan.left_out)
     if manifest is None:
         _refuse_mixed_depth(config)
-        plan = make_plan(_listing(config), job.frozen, write_page)
-        return Owed(plan.model_copy(update={"accept": config.accept}))
+        left_out = Counter[str]()
+        plan = make_plan(_images(config, left_out), job.frozen, write_page)
+        planned = plan.model_copy(update={"accept": config.accept, "left_out": dict(left_out)})
+        _warn_of_links(left_out)
+        return Owed(planned, left_out=left_out)
     if config.limit is not None:
-        return Owed(_plan_of_a_trial(job, manifest))
+        return Owed(_plan_of_a_trial(job, manifest), left_out=manifest.left_out)
     retry = config.retry_quarantined and not retried
-    return Owed(*_next_plan(job, manifest, write_page, retry=retry))
+    return _next_plan(job, manifest, write_page, retry=retry)
 
 
 def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
@@ -99,6 +109,9 @@ def freeze(config: ScoreConfig, artifact: Artifact) -> Frozen:
         shard_size=config.shard_size,
         largest_shard=largest_shard(*artifact.size_px),
         limit=config.limit,
+        include=config.include,
+        exclude=config.exclude,
+        follow_symlinks=config.follow_symlinks,
     )
 
 
@@ -137,32 +150,51 @@ def _refuse_mixed_depth(config: ScoreConfig) -> None:
         )
 
 
-def manifest_options(config: ScoreConfig) -> ManifestOptions:
-    """Return how the rows of a manifest input are taken."""
-    return ManifestOptions(config.etag_column, config.size_column, config.on_duplicate)
-
-
-def _listing(config: ScoreConfig) -> Iterator[pa.Table]:
+def listing(config: ScoreConfig, left_out: Counter[str] | None = None) -> Iterator[pa.Table]:
+    """Yield what the input of a configuration holds now, see `list_inputs`."""
+    selection = Selection(config.include, config.exclude, config.follow_symlinks)
+    options = ManifestOptions(config.etag_column, config.size_column, config.on_duplicate, config.follow_symlinks)
     uri = fill_date(config.input_uri, config.date)
+    yield from list_inputs(uri, config.uri_column, config.allow_uris, options, selection=selection, left_out=left_out)
+
+
+def _images(config: ScoreConfig, left_out: Counter[str]) -> Iterator[pa.Table]:
+    """The listing, which must not be empty."""
     found = False
-    for table in list_inputs(uri, config.uri_column, config.allow_uris, manifest_options(config)):
+    for table in listing(config, left_out):
         found = found or table.num_rows > 0
         yield table
     if not found:
-        raise DataError(f"Expected images in {uri}. Received: none. Next: check INPUT (and --date).")
+        said = f"none; left out were {describe_left_out(left_out)}" if left_out else "none"
+        advice = ["check INPUT (and --date)"]
+        if left_out[LINK_OUTSIDE]:
+            advice.insert(0, "follow the links with --follow-symlinks")
+        if left_out[EXCLUDED] or left_out[NOT_INCLUDED]:
+            advice.insert(0, "correct --include and --exclude")
+        raise NoImagesError(
+            f"Expected images in {fill_date(config.input_uri, config.date)}. Received: {said}. "
+            f"Next: {', or '.join(advice)}."
+        )
 
 
-def _next_plan(
-    job: ScoreJob, manifest: Manifest, write_page: Callable[[str, bytes], object], *, retry: bool
-) -> tuple[Plan | None, bool, Changes]:
-    config = job.config
-    uri = fill_date(config.input_uri, config.date)
-    listing = list_inputs(uri, config.uri_column, config.allow_uris, manifest_options(config))
+def _next_plan(job: ScoreJob, manifest: Manifest, write_page: Callable[[str, bytes], object], *, retry: bool) -> Owed:
+    left_out = Counter[str]()
+    found, accept = listing(job.config, left_out), job.config.accept
     try:
-        plan, changes = next_plan(job.partition, manifest, listing, write_page, accept=config.accept, retry=retry)
+        plan, changes = next_plan(job.partition, manifest, found, write_page, accept=accept, retry=retry)
     except NotFoundError:  # the input may be gone; the results are still there
-        plan, changes = next_plan(job.partition, manifest, (), write_page, accept=config.accept)
-    return plan, False, changes
+        plan, changes = next_plan(job.partition, manifest, (), write_page, accept=accept)
+    if plan is not None:
+        plan = plan.model_copy(update={"left_out": dict(left_out)})
+        _warn_of_links(left_out)
+    return Owed(plan, changes=changes, left_out=left_out)
+
+
+def _warn_of_links(left_out: Counter[str]) -> None:
+    """Say at once that links are left out: each of them may be an image."""
+    links = {reason: left_out[reason] for reason in (LINK_OUTSIDE, BROKEN_LINK) if left_out[reason]}
+    if links:
+        log.warning("Left out of INPUT: %s.", describe_left_out(links))
 
 
 def _plan_of_a_trial(job: ScoreJob, manifest: Manifest) -> Plan | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import date as Date
 from datetime import datetime
 
-from cnn_ray.config import NightlyConfig
+from cnn_ray.config import NightlyConfig, ScoreConfig
 from cnn_ray.errors import NotFoundError
-from cnn_ray.inputs import list_inputs
 from cnn_ray.manifest_files import ALL_PARQUET, is_manifest, manifest_exists
 from cnn_ray.partitions import fill_date
+from cnn_ray.planning import listing
 from cnn_ray.storage import open_store, split_uri
 
 
@@ -21,7 +21,7 @@ def why_not_ready(config: NightlyConfig, date: Date, now: datetime) -> str | Non
     """
     uri = fill_date(config.score.input_uri, date)
     folder, name = split_uri(uri) if is_manifest(uri) else (uri, "")
-    store, marker = open_store(folder), config.wait_for_marker
+    store, marker = open_store(folder, follow_symlinks=config.score.follow_symlinks), config.wait_for_marker
     if marker is not None and not store.exists(marker) and not (name and open_store(uri).exists(marker)):
         return f"waits for {store.uri_of(marker)}"
     if name and not manifest_exists(uri):
@@ -46,7 +46,8 @@ def is_empty(config: NightlyConfig, date: Date) -> bool:
     if is_manifest(uri):
         return False
     try:
-        return not any(table.num_rows for table in list_inputs(uri, config.score.uri_column))
+        of_date = ScoreConfig.model_validate(config.score.model_dump() | {"date": date})
+        return not any(table.num_rows for table in listing(of_date))
     except NotFoundError:
         if uri.startswith("s3://"):  # the bucket: waiting does not bring that
             raise

@@ -32,6 +32,7 @@ from cnn_ray.records import QuarantineCode, RowFailure
 from cnn_ray.redaction import redact
 from cnn_ray.report_page import ReportData, build_report
 from cnn_ray.storage import Store, open_store, split_uri
+from cnn_ray.stores import stores_of
 from cnn_ray.tallies import TopRow
 
 __all__ = ["REPORT", "ReportData", "build_report", "previous_night", "write_report"]
@@ -146,9 +147,10 @@ def _thumbnails(rows: Sequence[TopRow], config: ScoreConfig) -> Mapping[str, byt
         return {}
     uri = fill_date(config.input_uri, config.date)
     root = open_store(split_uri(uri)[0] if is_manifest(uri) else uri)
+    stores = stores_of(root.uri, follow_symlinks=config.follow_symlinks)
     caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
     decoders = Decoders((SIDE_PX, SIDE_PX), caps, 1)
-    reader = ImageReader(root.uri, caps, decoders)
+    reader = ImageReader(root.uri, caps, decoders, stores)
     shown: dict[str, bytes | str] = {}
     end = time.monotonic() + GALLERY_S
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cnn_ray import charts
 from cnn_ray.comparison import Change, Night, compare, percent
+from cnn_ray.input_filters import describe_left_out
 from cnn_ray.page import document
 from cnn_ray.page import section as _section
 from cnn_ray.page import table as _table
@@ -118,6 +119,8 @@ def _figures(data: ReportData) -> str:
     ]
     if night.removed:
         figures.append(("removed", night.removed, "no longer in the input"))
+    if night.left_out:
+        figures.append(("left out", sum(night.left_out.values()), "in the input, but no images to score"))
     cells = (
         f"<div><dt>{name}</dt><dd>{count:,}{f'<small>{note}</small>' if note else ''}</dd></div>"
         for name, count, note in figures
@@ -238,6 +241,8 @@ def _facts(data: ReportData) -> str:
         ("finished", night.finished_at),
         ("libraries", ", ".join(f"{name} {version}" for name, version in night.libraries.items())),
     ]
+    if night.left_out:
+        facts.append(("left out of the input", describe_left_out(night.left_out)))
     facts += [(f"config {key}", value) for key, value in data.config.items() if value is not None]
     rows = (f'<tr><th scope="row">{_text(name, 60)}</th><td>{_text(value, 600)}</td></tr>' for name, value in facts)
     return _section("Run", _table((), rows, "facts"))

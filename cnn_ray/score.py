@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 import cnn_ray
 from cnn_ray.config import ScoreConfig
-from cnn_ray.errors import PlanError, QuarantineLimitError
+from cnn_ray.errors import PlanError
 from cnn_ray.generations import Changes, Superseded, supersede
 from cnn_ray.lease import Lease
 from cnn_ray.manifest_files import is_manifest
@@ -29,6 +29,7 @@ from cnn_ray.partitions import fill_date
 from cnn_ray.plan import Plan, Shard, refuse_other_settings, shards_of
 from cnn_ray.planning import ScoreJob, job_of, owed_by
 from cnn_ray.predictor import cpu_count
+from cnn_ray.quarantine_limit import refuse_over_limit
 from cnn_ray.ray_runner import run_ray
 from cnn_ray.redaction import redacted
 from cnn_ray.runners import run_local
@@ -105,6 +106,7 @@ class DryRun:
     engine: str
     precision: str
     changes: Changes
+    left_out: Mapping[str, int]
 
 
 def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | None = None) -> ScoreResult:
@@ -122,7 +124,7 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
     manifest = job.partition.newest_manifest()
     owed = None if manifest is None else owed_by(job, manifest, job.partition.store.put_if_absent)
     if manifest is not None and owed is not None and owed.plan is None:  # before the lease: a no-op writes nothing
-        _refuse_quarantine(manifest, job.partition.uri)
+        refuse_over_limit(job.partition, manifest)
         return ScoreResult(job.partition.uri, manifest, True, owed.changes, Attempt())
     job.partition.store.check_writable()
     with Lease(job.partition.store, config.lease_s):
@@ -131,7 +133,7 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
         while owed.plan is not None:
             result, plan = _run_generation(job, owed.plan, owed.changes, on_progress)
             result = _reported(job, result)
-            _refuse_quarantine(result.manifest, job.partition.uri)
+            refuse_over_limit(job.partition, result.manifest)
             if not owed.resumes:
                 break
             owed = owed_by(job, result.manifest, job.partition.store.put_if_absent, retried=plan.retry)
@@ -162,6 +164,7 @@ def dry_run(config: ScoreConfig) -> DryRun:
         frozen.engine,
         frozen.precision,
         owed.changes,
+        owed.left_out,
     )
 
 
@@ -319,6 +322,7 @@ def _manifest(
         **{name: getattr(live, name) for name in Tally.model_fields},
         removed=plan.removed,
         accepted=accepted,
+        left_out=plan.left_out,
         parts=(*(() if before is None else before.parts), *_by_name(totals.parts)),
         quarantine=(*(() if before is None else before.quarantine), *_by_name(totals.quarantine)),
         superseded=(*(() if before is None else before.superseded), *gone.files),
@@ -341,15 +345,3 @@ def _manifest(
 
 def _by_name(files: list[FileRef]) -> list[FileRef]:
     return sorted(files, key=lambda ref: ref.name)
-
-
-def _refuse_quarantine(manifest: Manifest, uri: str) -> None:
-    if manifest.status == "quarantine_limit":
-        codes = ", ".join(f"{count} {code}" for code, count in manifest.codes.items())
-        limit = manifest.config["max_quarantine_rate"]
-        beyond = f" beyond the {manifest.accepted} accepted ones" if manifest.accepted else ""
-        raise QuarantineLimitError(
-            f"Expected at most {limit:.1%} unreadable images{beyond}. Received: {manifest.quarantined} of "
-            f"{manifest.planned} ({codes}). Next: look at the quarantine files in {uri}, which readers refuse until "
-            "then; mend the images and run again, add --retry-quarantined, or take them as they are with --accept."
-        )

@@ -30,7 +30,7 @@ from cnn_ray.plan import Plan, Shard, shard_rows
 from cnn_ray.predictor import Predictor
 from cnn_ray.reader import ImageReader, close_decoders, shared_decoders
 from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema
-from cnn_ray.stores import stores_of
+from cnn_ray.stores import Stores, stores_of
 
 NO_DIGEST = bytes(32)
 """Stands for the SHA-256 of a row whose bytes were not read; no file has it."""
@@ -50,6 +50,11 @@ class StageContext:
     num_decoders: int
     batch_size: int
     run_date: Date | None = None
+
+    @property
+    def stores(self) -> Stores:
+        """Where the images are; links are followed where the plan's listing followed them."""
+        return stores_of(self.input_root, follow_symlinks=self.plan.frozen.follow_symlinks)
 
     @property
     def caps(self) -> ImageCaps:
@@ -179,7 +184,7 @@ def start_decoders(context: StageContext) -> None:
 
 def _reader(context: StageContext) -> ImageReader:
     decoders = shared_decoders(context.artifact.size_px, context.caps, context.num_decoders)
-    return ImageReader(context.input_root, context.caps, decoders, stores_of(context.input_root))
+    return ImageReader(context.input_root, context.caps, decoders, context.stores)
 
 
 def cancel_fetches() -> None:
@@ -228,9 +233,11 @@ def _refuse_if_all_denied(context: StageContext) -> None:
             result = _FROZEN_FAILURES.get(etag) or reader.fetch(uri, etag)
             if not isinstance(result, RowFailure) or result.code != QuarantineCode.ACCESS_DENIED:
                 return
+    local = "file reads there; where the files are links that lead outside of it, add --follow-symlinks"
+    advice = "s3:GetObject there" if context.input_root.startswith("s3://") else local
     raise AccessDeniedError(
         f"Expected credentials that may read {context.input_root}. Received: access denied on every row tried. "
-        "Next: allow s3:GetObject (or file reads) there and run the same command again."
+        f"Next: allow {advice}, and run again."
     )
 
 

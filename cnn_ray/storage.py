@@ -20,16 +20,18 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote, unquote, unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 import pyarrow as pa
 
 from cnn_ray.errors import AccessDeniedError, ConfigError, NotFoundError, StorageError
+from cnn_ray.local_walk import Row, Walk, encoded, etag_of
 from cnn_ray.records import LISTING_SCHEMA
 from cnn_ray.storage_base import (
     COPY_BYTES,
@@ -48,13 +50,13 @@ from cnn_ray.storage_s3 import S3Store
 __all__ = ["LocalStore", "ObjectInfo", "S3Store", "Store", "open_store", "split_uri"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_Row = tuple[str, str, int]
-"""Key, etag and size in bytes of one listed file."""
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # non-blocking: opening a FIFO must not hang
 
 
-def open_store(uri: str) -> Store:
+def open_store(uri: str, *, follow_symlinks: bool = False) -> Store:
     """Store over a local folder or `s3://bucket[/prefix]`. Does no I/O, so nothing is known to exist yet.
+
+    With `follow_symlinks` a local folder is read through its links, wherever they lead.
 
     Raises:
         ConfigError: another scheme, an empty or malformed location. The message repeats no more than the scheme,
@@ -64,12 +66,13 @@ def open_store(uri: str) -> Store:
     if scheme is None:
         if not uri or "\0" in uri:
             raise ConfigError("Expected a folder or s3://bucket/prefix. Received: nothing. Next: name a location.")
-        return LocalStore(uri)
+        return LocalStore(uri, follow_symlinks=follow_symlinks)
     match scheme[1].lower():
         case "s3" | "s3a" | "s3n":  # the last two are Hadoop's names of the same
             return S3Store(f"s3://{uri[scheme.end() :]}")
         case "file" if uri[scheme.end() :].startswith("/"):
-            return LocalStore(unquote(uri[scheme.end() :], errors="surrogateescape"))
+            folder = unquote(uri[scheme.end() :], errors="surrogateescape")
+            return LocalStore(folder, follow_symlinks=follow_symlinks)
         case other:
             raise ConfigError(
                 f"Expected a folder, file:///folder or s3://bucket/prefix. Received: a {other}:// location. "
@@ -93,16 +96,17 @@ def split_uri(uri: str) -> tuple[str, str]:
 class LocalStore(Store):
     """A folder. Etag is `mtime_ns-size`; the token of `put_if_match` is the content's SHA-256.
 
-    Links to files are followed where they stay below the folder; links to folders are not, so nothing is listed twice
-    and no loop is entered. A name that is not UTF-8 is listed percent-encoded, and `get` finds it by that key.
+    Links to files are followed where they stay below the folder, and with `follow_symlinks` all of them are (see
+    `cnn_ray.local_walk`). A name that is not UTF-8 is listed percent-encoded, and `get` finds it by that key.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, follow_symlinks: bool = False) -> None:
         """Keeps the absolute form of `folder`, "~" expanded; touches no disk.
 
         Raises:
             ConfigError: the name is not UTF-8, which no column of uris can hold, or "~x" is nobody.
         """
+        self.follow_symlinks = follow_symlinks
         try:
             self.uri = os.path.abspath(Path(folder).expanduser())  # noqa: PTH100 - Path.absolute keeps ".."
             self.uri.encode()
@@ -111,20 +115,21 @@ class LocalStore(Store):
                 f"Expected a folder with a UTF-8 name. Received: {folder!r}. Next: rename it or link to it."
             ) from error
 
-    def list(self, prefix: str = "") -> Iterator[pa.Table]:
-        """See `Store.list`."""
-        rows = self._rows(prefix)
+    def list(self, prefix: str = "", left_out: Counter[str] | None = None) -> Iterator[pa.Table]:
+        """See `Store.list`. `left_out` counts the links and special files that are not listed, by reason."""
+        rows = self._rows(prefix, left_out)
         while batch := list(islice(rows, LIST_BATCH_ROWS)):
             keys, etags, sizes = zip(*batch, strict=True)
             uris = [f"{self.uri.rstrip('/')}/{key}" for key in keys]
             yield pa.Table.from_arrays([pa.array(uris), pa.array(etags), pa.array(sizes)], schema=LISTING_SCHEMA)
 
-    def _rows(self, prefix: str) -> Iterator[_Row]:
+    def _rows(self, prefix: str, left_out: Counter[str] | None = None) -> Iterator[Row]:
         if prefix:
             check_key(prefix)
+        counts = Counter[str]() if left_out is None else left_out
         with _explained(self.uri):
-            root = Path(self.uri).resolve(strict=True)
-            yield from _walk(root, os.fsencode(root), "", prefix)
+            root = os.fsencode(self.uri)
+            yield from Walk(root, prefix, follow_symlinks=self.follow_symlinks, left_out=counts).rows()
 
     def keys(self, prefix: str = "") -> list[str]:
         """See `Store.keys`."""
@@ -150,11 +155,11 @@ class LocalStore(Store):
                 path = path / part
                 if "%" in part and not os.path.lexists(path):
                     raw = path.with_name(os.fsdecode(unquote_to_bytes(part)))
-                    path = raw if os.path.lexists(raw) and _encoded(os.fsencode(raw.name)) == part else path
-            if not path.resolve().is_relative_to(root.resolve()):
+                    path = raw if os.path.lexists(raw) and encoded(os.fsencode(raw.name)) == part else path
+            if not self.follow_symlinks and not path.resolve().is_relative_to(root.resolve()):
                 raise AccessDeniedError(
                     f"Expected a file below {self.uri}. Received: {key!r}, a link that leads outside. "
-                    "Next: copy the file into the folder."
+                    "Next: copy the file into the folder, or read an input with --follow-symlinks."
                 )
         return path
 
@@ -178,7 +183,7 @@ class LocalStore(Store):
             check_size(self.uri_of(key), status.st_size, max_bytes)
             data = file.read() if max_bytes is None else file.read(max_bytes + 1)
             check_size(self.uri_of(key), len(data), max_bytes)
-            if if_match is not None and if_match != _etag(os.fstat(file.fileno())):
+            if if_match is not None and if_match != etag_of(os.fstat(file.fileno())):
                 raise changed(self.uri_of(key))
             return data
 
@@ -190,7 +195,7 @@ class LocalStore(Store):
     def head(self, key: str) -> ObjectInfo:
         """See `Store.head`."""
         with self._open(key) as (_, status):
-            return ObjectInfo(_etag(status), status.st_size)
+            return ObjectInfo(etag_of(status), status.st_size)
 
     def put(self, key: str, data: bytes) -> None:
         """See `Store.put`. Unlike on S3, a `put_if_match` at the same moment does not see it: use one of the two."""
@@ -247,52 +252,6 @@ class LocalStore(Store):
             Path(self.uri).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.uri, prefix=OWN_PREFIX):
                 pass
-
-
-def _etag(status: os.stat_result) -> str:
-    return f"{status.st_mtime_ns}-{status.st_size}"
-
-
-def _encoded(name: bytes) -> str:
-    """`name` as text: itself where it is UTF-8, percent-encoded where it is not (Arrow strings are UTF-8)."""
-    try:
-        return name.decode("utf-8")
-    except UnicodeDecodeError:
-        return quote(name)
-
-
-def _walk(root: Path, folder: bytes, at: str, prefix: str) -> Iterator[_Row]:
-    """Rows below `folder`, whose key is `at`, in byte order of the whole key.
-
-    A folder sorts as its name with "/" behind it, which is what puts `a-b` before `a/b` as S3 does.
-    """
-    found: list[tuple[str, os.DirEntry[bytes]]] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            key = at + _encoded(entry.name)
-            if entry.name.startswith(OWN_PREFIX.encode()):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                key += "/"
-            if key.startswith(prefix) or (key.endswith("/") and prefix.startswith(key)):
-                found.append((key, entry))
-    found.sort(key=lambda pair: pair[0].encode())
-    for key, entry in found:
-        if key.endswith("/"):
-            yield from _walk(root, entry.path, key, prefix)
-        else:
-            yield from _row(root, key, entry)
-
-
-def _row(root: Path, key: str, entry: os.DirEntry[bytes]) -> Iterable[_Row]:
-    """The row of a regular file or of a link to one below `root`; nothing for the rest, or for a file gone by now."""
-    try:
-        if entry.is_symlink() and not Path(os.fsdecode(entry.path)).resolve().is_relative_to(root):
-            return ()
-        status = entry.stat()
-    except FileNotFoundError:
-        return ()
-    return ((key, _etag(status), status.st_size),) if stat.S_ISREG(status.st_mode) else ()
 
 
 @contextmanager

@@ -14,8 +14,9 @@ class Stores:
     Each bucket is opened once: an S3 client costs 100 ms of CPU, and its connections are what makes GETs fast.
     """
 
-    def __init__(self, root: Store) -> None:
+    def __init__(self, root: Store, *, follow_symlinks: bool = False) -> None:
         self.root = root
+        self._follow_symlinks = follow_symlinks
         self._buckets: dict[str, Store] = {}
         self._lock = threading.Lock()
 
@@ -31,7 +32,7 @@ class Stores:
             bucket, _, key = uri[len("s3://") :].partition("/")
             return self.bucket(bucket), key
         folder, name = split_uri(uri)  # opening a folder costs nothing, and there may be any number of them
-        return open_store(folder), name
+        return open_store(folder, follow_symlinks=self._follow_symlinks), name
 
     def bucket(self, bucket: str) -> Store:
         """Return the store of the whole bucket."""
@@ -42,6 +43,6 @@ class Stores:
 
 
 @functools.lru_cache(maxsize=8)
-def stores_of(root_uri: str) -> Stores:
+def stores_of(root_uri: str, *, follow_symlinks: bool = False) -> Stores:
     """Return the stores of a job whose uris start at `root_uri`: the same ones at every call in this process."""
-    return Stores(open_store(root_uri))
+    return Stores(open_store(root_uri, follow_symlinks=follow_symlinks), follow_symlinks=follow_symlinks)

@@ -308,8 +308,8 @@ def test_plans_of_older_versions_keep_the_types_of_their_columns(tmp_path, small
     settings = config(small_models, table, tmp_path / "out")
     listed = planning.list_inputs
 
-    def typed(*arguments):
-        for rows in listed(*arguments):
+    def typed(*arguments, **options):
+        for rows in listed(*arguments, **options):
             yield rows.set_column(3, "input_n", rows["input_n"].cast("int64"))
 
     monkeypatch.setattr(planning, "list_inputs", typed)

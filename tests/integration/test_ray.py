@@ -151,3 +151,18 @@ def test_run_ray_is_what_the_runner_ray_uses(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS")
     assert not score.wants_ray(ScoreConfig(**settings))
     assert score.run_ray is run_ray
+
+
+def test_links_that_lead_outside_are_read_on_workers_where_they_are_followed(tmp_path, small_models, images):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "day").symlink_to(images)
+    (linked / "one.png").symlink_to(next(path for path in images.iterdir() if not path.name.startswith("bad-")))
+    results = {}
+    for runner in ("local", "ray"):
+        settings = {"follow_symlinks": True, "exclude": ["*/bad-*"], "precision": "f32"}
+        result = score.run_score(config(small_models, linked, tmp_path / runner, runner, **settings))
+        assert (result.manifest.scored, result.manifest.quarantined) == (41, 0)
+        assert result.manifest.left_out == {"excluded": 3}
+        results[runner] = committed(str(tmp_path / runner))
+    assert results["local"] == results["ray"]

@@ -174,8 +174,8 @@ def test_changed_and_vanished_objects_are_named(tmp_path, small_models, monkeypa
     source = write_images(tmp_path / "in", 4)
     listing = planning.list_inputs
 
-    def listing_then_change(*arguments):
-        yield from listing(*arguments)
+    def listing_then_change(*arguments, **options):
+        yield from listing(*arguments, **options)
         (source / "shot-0001.png").unlink()
         (source / "shot-0002.png").write_bytes(image_bytes(77))
 

@@ -155,7 +155,8 @@ def test_pending_shards_are_those_without_a_part():
 def test_each_setting_that_decides_answers_is_compared(field):
     before = frozen(limit=5)
     value = getattr(before, field)
-    after = frozen(**{"limit": 5, field: value + 1 if isinstance(value, int | float) else value + "x"})
+    other = (*value, "x") if isinstance(value, tuple) else value + 1 if isinstance(value, int | float) else value + "x"
+    after = frozen(**{"limit": 5, field: other})
     with pytest.raises(ConfigError, match=f"Expected {field}="):
         refuse_other_settings(before, after, "out")
     refuse_other_settings(before, before, "out")
@@ -167,3 +168,10 @@ def test_partition_names():
     assert partition_uri("out/", None, "m", 2) == "out/model=m/version=2"
     assert partition_uri("s3://b/p", date(2026, 1, 2), "m", 2) == "s3://b/p/date=2026-01-02/model=m/version=2"
     assert fill_date("s3://b/{date}/x", date(2026, 1, 2)) == "s3://b/2026-01-02/x"
+
+
+def test_plans_of_older_versions_know_no_patterns_and_take_all():
+    old = frozen().model_dump_json(exclude={"include", "exclude", "follow_symlinks"})
+    refuse_other_settings(Frozen.model_validate_json(old), frozen(), "out")
+    with pytest.raises(ConfigError, match=r"Expected include=none, .* Received: \*\.png,\*\.jpg\."):
+        refuse_other_settings(Frozen.model_validate_json(old), frozen(include=("*.png", "*.jpg")), "out")
