@@ -30,6 +30,8 @@ Bytes in, bytes out.
     stores.py         the stores of a job: one per bucket and process
     memory.py         what a process does with memory that it frees
     image_formats.py  which format a file has, from its first bytes
+    tiff_files.py     the first page of a TIFF, rebuilt with nothing but its pixels
+    avif_files.py     the still image of an AVIF, its size and how much there is to decode
     image_files.py    the size, orientation and pixel data of a file, before anything is decoded
     image_bodies.py   an HTTP body that is an image, or a form with one
     openapi_schemas.py the JSON of both protocols as JSON Schema

@@ -1,7 +1,8 @@
 """Encoded bytes -> what `cnn_ray.images` may decode: format, size, orientation, and only the parts that make pixels.
 
-A walk by hand over each of the five formats, because the decoder behind it should never see text, ICC, EXIF, APNG
-frames or comments (all of them have been bombs), and because only the container tells a cut file from a whole one.
+A walk by hand over each format (TIFF and AVIF in modules of their own), because the decoder behind it should never see
+text, ICC, EXIF, APNG frames or comments (all of them have been bombs), and because only the container tells a cut file
+from a whole one.
 Standard library and libdeflate. Specs: PNG (W3C), JPEG (ITU T.81), WebP (RFC 9649), GIF89a, EXIF 2.3.
 """
 
@@ -11,12 +12,13 @@ import functools
 import re
 import struct
 import zlib
-from dataclasses import dataclass
 
 import deflate
 
-from cnn_ray.image_formats import RefusedError, format_of, unsupported
+from cnn_ray.avif_files import walk_avif
+from cnn_ray.image_formats import ImageFile, RefusedError, corrupt, cut, format_of, unsupported
 from cnn_ray.records import QuarantineCode
+from cnn_ray.tiff_files import walk_tiff
 
 _MAX_PARTS = 65_536  # chunks, segments or blocks: each costs a turn of a Python loop, under the GIL
 _MAX_SCANS = 100  # libjpeg visits every block once per scan; encoders write about 10, an attacker a million
@@ -39,23 +41,6 @@ JPEG writes past the end of its buffer."""
 _JPEG_TABLES = (0xC4, 0xCC, 0xDB, 0xDD)
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """What a walk found. `clean` is the file with nothing but its pixels; `drawn` (left, top, right, bottom) is the
-    part of the canvas that has any; `rows_bytes` is what a PNG's data inflates to, and 0 elsewhere."""
-
-    format: str
-    clean: bytes
-    width: int
-    height: int
-    orientation: int = 1
-    drawn: tuple[int, int, int, int] | None = None
-    rows_bytes: int = 0
-    interlaced: bool = False
-    components: int = 0
-    """Of a JPEG: 1 grey, 3 colours, 4 inks."""
-
-
 def read(data: bytes) -> ImageFile:
     """The file's format, size and clean bytes, decided by content alone and before any pixel is decoded.
 
@@ -68,17 +53,9 @@ def read(data: bytes) -> ImageFile:
         raise RefusedError(QuarantineCode.TRUNCATED, f"{name} ends too early") from None
 
 
-def _corrupt(detail: str) -> RefusedError:
-    return RefusedError(QuarantineCode.DECODE_ERROR, detail)
-
-
-def _cut(detail: str) -> RefusedError:
-    return RefusedError(QuarantineCode.TRUNCATED, detail)
-
-
 def _walk_png(data: bytes) -> ImageFile:
     if not data.startswith(_PNG_MAGIC):
-        raise _corrupt("PNG signature is damaged") if len(data) >= 8 else _cut("PNG ends inside its signature")
+        raise corrupt("PNG signature is damaged") if len(data) >= 8 else cut("PNG ends inside its signature")
     view, position, orientation = memoryview(data), 8, 1
     parts: list[bytes | memoryview] = [_PNG_MAGIC]
     header = (0, 0, 0, 0, 0, 0, 0)  # as long as no IHDR was seen
@@ -87,14 +64,14 @@ def _walk_png(data: bytes) -> ImageFile:
         length, kind = struct.unpack_from(">I4s", data, position)
         end = position + 12 + length
         if end > len(data):
-            raise _cut(f"PNG ends inside its {kind.decode('ascii', 'replace')} chunk")
+            raise cut(f"PNG ends inside its {kind.decode('ascii', 'replace')} chunk")
         if (kind == b"IHDR") == (b"IHDR" in seen):
-            raise _corrupt("PNG needs one IHDR, as its first chunk")
+            raise corrupt("PNG needs one IHDR, as its first chunk")
         body = view[position + 8 : end - 4]
         if kind in _PNG_PARTS:
             # Pillow leaves the checksums of IDAT alone; 0.1 ms here finds what the transport damaged.
             if zlib.crc32(view[position + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-                raise _corrupt(f"PNG checksum of {kind.decode()} is wrong")
+                raise corrupt(f"PNG checksum of {kind.decode()} is wrong")
             if kind == b"IHDR":
                 header = struct.unpack(">IIBBBBB", body[:13])
             parts.append(_png_key(header, body) if kind == b"tRNS" else view[position:end])
@@ -105,10 +82,10 @@ def _walk_png(data: bytes) -> ImageFile:
         if kind == b"IEND":
             break
     else:
-        raise _corrupt(f"PNG has more than {_MAX_PARTS} chunks")
+        raise corrupt(f"PNG has more than {_MAX_PARTS} chunks")
     width, height, depth, colour, _, _, interlace = header
     if b"IDAT" not in seen or (colour == 3 and b"PLTE" not in seen):
-        raise _corrupt("PNG has no image data or no palette")
+        raise corrupt("PNG has no image data or no palette")
     bits = depth * _PNG_CHANNELS.get(colour, 0)
     # Adam7: (first column, first row, column step, row step) of each pass
     grid = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
@@ -194,18 +171,18 @@ def _walk_jpeg(data: bytes) -> ImageFile:
     for _ in range(_MAX_PARTS):
         found = _JPEG_MARKER.search(data, position)
         if found is None:
-            raise _cut("JPEG ends before its first scan")
+            raise cut("JPEG ends before its first scan")
         start, marker = found.start(), data[found.start() + 1]
         if marker in (0xD8, 0xD9, 0x01):
-            raise _corrupt("JPEG has no scan")
+            raise corrupt("JPEG has no scan")
         (length,) = struct.unpack_from(">H", data, start + 2)
         position = start + 2 + length
         if position > len(data):
-            raise _cut("JPEG ends before its first scan")
+            raise cut("JPEG ends before its first scan")
         body = data[start + 4 : position]
         if marker in _JPEG_FRAMES:
             if components:
-                raise _corrupt("JPEG has two frame headers")
+                raise corrupt("JPEG has two frame headers")
             size, components = _jpeg_frame(body)
         elif marker in _JPEG_OTHERS:
             raise unsupported(_JPEG_OTHERS[marker])
@@ -216,11 +193,11 @@ def _walk_jpeg(data: bytes) -> ImageFile:
         if marker in _JPEG_FRAMES or marker in _JPEG_TABLES or colours:
             parts.append(data[start:position])
         if marker == 0xDA and not components:
-            raise _corrupt("JPEG has a scan before its frame header")
+            raise corrupt("JPEG has a scan before its frame header")
         if marker == 0xDA:
             parts.append(data[start : _jpeg_end(data, position)])
             return ImageFile("JPEG", b"".join(parts), size[1], size[0], orientation, components=components)
-    raise _corrupt(f"JPEG has more than {_MAX_PARTS} segments")
+    raise corrupt(f"JPEG has more than {_MAX_PARTS} segments")
 
 
 def _jpeg_frame(body: bytes) -> tuple[tuple[int, int], int]:
@@ -234,7 +211,7 @@ def _jpeg_frame(body: bytes) -> tuple[tuple[int, int], int]:
         raise unsupported("JPEG whose height follows its first scan (DNL)")
     factors = [body[7 + 3 * k] for k in range(components)]
     if any(not (1 <= factor >> 4 <= 4 and 1 <= factor & 15 <= 4) for factor in factors):
-        raise _corrupt("JPEG has sampling factors outside of 1 to 4")
+        raise corrupt("JPEG has sampling factors outside of 1 to 4")
     return (height, width), components
 
 
@@ -244,26 +221,26 @@ def _jpeg_end(data: bytes, position: int) -> int:
     for _ in range(_MAX_PARTS):
         found = _JPEG_MARKER.search(data, position)
         if found is None:
-            raise _cut("JPEG has no end marker")
+            raise cut("JPEG has no end marker")
         position, marker = found.end(), found.group()[1]
         if marker == 0xD9:
             return position
         if marker in _JPEG_FRAMES or marker in _JPEG_OTHERS:
-            raise _corrupt("JPEG has a frame header between its scans")
+            raise corrupt("JPEG has a frame header between its scans")
         scans += marker == 0xDA
         if scans > _MAX_SCANS:
             raise RefusedError(QuarantineCode.TOO_LARGE, f"JPEG has more than {_MAX_SCANS} scans")
         if marker not in (0xD8, 0x01):
             if position + 2 > len(data):
-                raise _cut("JPEG has no end marker")
+                raise cut("JPEG has no end marker")
             position += struct.unpack_from(">H", data, position)[0]
-    raise _corrupt(f"JPEG has more than {_MAX_PARTS} segments")
+    raise corrupt(f"JPEG has more than {_MAX_PARTS} segments")
 
 
 def _walk_webp(data: bytes) -> ImageFile:
     (riff_bytes,) = struct.unpack_from("<I", data, 4)
     if riff_bytes + 8 > len(data):
-        raise _cut(f"WebP of {riff_bytes + 8} bytes ends after {len(data)}")
+        raise cut(f"WebP of {riff_bytes + 8} bytes ends after {len(data)}")
     kind, orientation = data[12:16], 1
     if kind == b"VP8 ":
         width, height = (n & 0x3FFF for n in struct.unpack_from("<HH", data, 26))
@@ -281,14 +258,14 @@ def _walk_webp(data: bytes) -> ImageFile:
                 break
             position, parts = position + 8 + length + (length & 1), parts + 1
     else:
-        raise _corrupt("WebP begins with an unknown chunk")
+        raise corrupt("WebP begins with an unknown chunk")
     return ImageFile("WEBP", data, width, height, orientation)
 
 
 def _walk_bmp(data: bytes) -> ImageFile:
     (header_bytes,) = struct.unpack_from("<I", data, 14)
     if 14 + header_bytes > len(data):
-        raise _cut("BMP ends inside its header")
+        raise cut("BMP ends inside its header")
     if header_bytes == 12:
         width, height = struct.unpack_from("<HH", data, 18)
         return ImageFile("BMP", data, width, height)
@@ -310,19 +287,19 @@ def _walk_gif(data: bytes) -> ImageFile:
         elif data[position] == 0x2C:
             break
         elif data[position] != 0x21:
-            raise _corrupt("GIF has no frame")
+            raise corrupt("GIF has no frame")
         else:
             if data[position + 1] == 0xF9 and data[position + 2] == 4:
                 # Of the graphic control only transparency counts for the first frame; disposal would cost memory.
                 control = b"!\xf9\x04" + bytes([data[position + 3] & 1, 0, 0, data[position + 6], 0])
             position, inside = position + 2, True
     else:
-        raise _corrupt(f"GIF has more than {_MAX_PARTS} blocks")
+        raise corrupt(f"GIF has more than {_MAX_PARTS} blocks")
     left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, position + 1)
     drawn = (left, top, left + frame_width, top + frame_height)
     width, height = max(width, drawn[2]), max(height, drawn[3])
     if not frame_width or not frame_height or max(width, height) > 65_535:
-        raise _corrupt("GIF frame has no pixels or lies outside any screen")
+        raise corrupt("GIF frame has no pixels or lies outside any screen")
     screen = struct.pack("<HH", width, height)
     return ImageFile("GIF", data[:6] + screen + data[10:start] + control + data[position:], width, height, drawn=drawn)
 
@@ -344,4 +321,12 @@ def exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-_WALKS = {"PNG": _walk_png, "JPEG": _walk_jpeg, "WEBP": _walk_webp, "BMP": _walk_bmp, "GIF": _walk_gif}
+_WALKS = {
+    "PNG": _walk_png,
+    "JPEG": _walk_jpeg,
+    "WEBP": _walk_webp,
+    "BMP": _walk_bmp,
+    "GIF": _walk_gif,
+    "TIFF": walk_tiff,
+    "AVIF": walk_avif,
+}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import dataclass
 
 from cnn_ray.records import QuarantineCode
 
-ALLOWED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+ALLOWED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 _KNOWN = (
-    (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"), (b"II+\0", "BigTIFF"), (b"MM\0+", "BigTIFF"), (b"8BPS", "PSD"),
+    (b"II+\0", "BigTIFF"), (b"MM\0+", "BigTIFF"), (b"8BPS", "PSD"),
     (b"\0\0\1\0", "ICO"), (b"\0\0\2\0", "CUR"), (b"%PDF-", "PDF"), (b"%!PS", "EPS"), (b"\xc5\xd0\xd3\xc6", "EPS"),
     (b"\0\0\0\x0cjP  ", "JPEG 2000"), (b"\xff\x4f\xff\x51", "JPEG 2000"), (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"DDS ", "DDS"), (b"icns", "ICNS"), (b"qoif", "QOI"), (b"#?RADIANCE", "HDR"),
@@ -56,6 +57,33 @@ class RefusedError(Exception):
         self.code = code
 
 
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """What a walk found. `clean` is the file with nothing but its pixels; `drawn` (left, top, right, bottom) is the
+    part of the canvas that has any; `rows_bytes` is what a PNG's data inflates to, and 0 elsewhere."""
+
+    format: str
+    clean: bytes
+    width: int
+    height: int
+    orientation: int = 1
+    drawn: tuple[int, int, int, int] | None = None
+    rows_bytes: int = 0
+    interlaced: bool = False
+    components: int = 0
+    """Of a JPEG: 1 grey, 3 colours, 4 inks."""
+
+
+def corrupt(detail: str) -> RefusedError:
+    """Return the refusal of bytes that contradict their format."""
+    return RefusedError(QuarantineCode.DECODE_ERROR, detail)
+
+
+def cut(detail: str) -> RefusedError:
+    """Return the refusal of a file without its end."""
+    return RefusedError(QuarantineCode.TRUNCATED, detail)
+
+
 def unsupported(name: str) -> RefusedError:
     """Return the refusal of a format that is known and not read."""
     return RefusedError(QuarantineCode.UNSUPPORTED_FORMAT, f"{name}; allowed are {', '.join(ALLOWED_FORMATS)}")
@@ -80,7 +108,11 @@ def format_of(data: bytes) -> str:
     # "BM" alone begins many a text: the length of the second header decides.
     if head[:2] == b"BM" and head[14:18] in _DIB_HEADERS:
         return "BMP"
+    if head[:4] in (b"II*\0", b"MM\0*"):
+        return "TIFF"
     name = _known(data, head)
+    if name == "AVIF":
+        return name
     if name is not None:
         raise unsupported(name)
     raise RefusedError(QuarantineCode.NOT_AN_IMAGE, _no_image(head))

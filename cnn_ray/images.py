@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from cnn_ray import image_files
-from cnn_ray.image_files import ImageFile
-from cnn_ray.image_formats import ALLOWED_FORMATS, RefusedError
+from cnn_ray.image_formats import ALLOWED_FORMATS, ImageFile, RefusedError
 from cnn_ray.records import QuarantineCode, RowFailure
 
 __all__ = ["ALLOWED_FORMATS", "RESIZE_RULE", "DecodedImage", "ImageCaps", "decode", "warm_up"]
@@ -37,7 +37,15 @@ RESIZE_RULE = "stretch_area"
 _HALVE_FROM = 3  # source pixels per output pixel on both axes from which halving first is near enough
 _SENTINEL = {"RGB": (91, 17, 203), "RGBA": (91, 17, 203, 171), "LA": (91, 171), "I;16": 23_456}
 # The plugins themselves, not Image.open: no other format is tried, no MPO is adopted, no global limit or warning asked.
-_PLUGINS = {"PNG": PngImageFile, "JPEG": JpegImageFile, "WEBP": WebPImageFile, "BMP": BmpImageFile, "GIF": GifImageFile}
+_PLUGINS = {
+    "PNG": PngImageFile,
+    "JPEG": JpegImageFile,
+    "WEBP": WebPImageFile,
+    "BMP": BmpImageFile,
+    "GIF": GifImageFile,
+    "TIFF": TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
 # EXIF orientation -> transpose first, then flip rows, then flip columns
 _TURNS = {
     1: (False, False, False),
@@ -73,7 +81,8 @@ class DecodedImage:
 
 def decode(data: bytes, size_px: tuple[int, int], caps: ImageCaps) -> DecodedImage | RowFailure:
     """Pixels of `size_px` (height, width), or the failure that quarantines the row. Safe in threads; same bytes, same
-    answer. Alpha is composited on white, EXIF orientation applied, GIF, WebP and APNG give their first frame.
+    answer. Alpha is composited on white, EXIF orientation applied, GIF, WebP, AVIF and APNG give
+    their first frame, TIFF its first page.
 
     A file without its end (PNG IEND, JPEG EOI, WebP's RIFF size) is `truncated` even where all pixels are there. So
     is a JPEG scan that was cut and closed again, unless it is CMYK or has stray bytes before the cut. What nobody can
@@ -191,6 +200,7 @@ def _flattened(pixels: np.ndarray) -> bool:
 
 def _by_pillow(source: ImageFile, stored: bytes | None, target: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, 3] of `target` (height, width)."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the processes are as many as the cores
     with _PLUGINS[source.format](BytesIO(stored or source.clean)) as image:
         if image.size != (source.width, source.height):
             raise RefusedError(QuarantineCode.DECODE_ERROR, f"{source.format} header gives two sizes")
@@ -210,6 +220,8 @@ def _load(image: Image.Image, source: ImageFile, target: tuple[int, int]) -> tup
         draft = image.draft(None, (target[1] * 3 // 2, target[0] * 3 // 2))
         image.load()
         return draft[1][2:] if draft else image.size
+    if isinstance(image, TiffImageFile):
+        image.im = Image.new(image.mode, image.size).im  # else Pillow's global limit on pixels is asked
     if source.format != "PNG":
         image.load()
         return image.size
@@ -228,7 +240,7 @@ def _load(image: Image.Image, source: ImageFile, target: tuple[int, int]) -> tup
 
 def _flatten(image: Image.Image, source: ImageFile) -> Image.Image:
     """The image as L or RGB, transparency composited on white."""
-    if image.mode == "I;16":  # Pillow's own conversion clips
+    if image.mode in ("I;16", "I;16B"):  # Pillow's own conversion clips
         wide = np.asarray(image).astype(np.uint32)
         key = image.info.get("transparency")
         hole = wide == key if key is not None else None
@@ -242,6 +254,8 @@ def _flatten(image: Image.Image, source: ImageFile) -> Image.Image:
     drawn = source.drawn or whole
     if "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode in ("LA", "RGBA"):
         alpha = image.getchannel("A")
         low, high = alpha.getextrema()

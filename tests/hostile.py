@@ -9,7 +9,7 @@ import io
 import random
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,17 +17,18 @@ from PIL import Image, ImageDraw
 Corpus = dict[str, tuple[bytes, str | None]]
 
 _WIDTH, _HEIGHT = 96, 72
-_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF"}
+_FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "gif": "GIF", "tiff": "TIFF", "avif": "AVIF"}
 
 
 def hostile_corpus(seed: int = 0) -> Corpus:
     """File name -> (bytes, quarantine code, or None where it is an image that must be scored).
 
-    About 190 files and 3 MB in all, the same for the same seed; caps are taken to be the defaults of `ImageCaps`.
+    About 250 files and 3 MB in all, the same for the same seed; caps are taken to be the defaults of `ImageCaps`.
     """
     drawn = _page(seed)
     corpus: Corpus = {}
-    for part in (_odd, _big, _moving, _polyglots, _cut, _noise, _broken_png, _broken_jpeg, _broken_others, _foreign):
+    plain = (_odd, _big, _moving, _polyglots, _cut, _noise, _foreign)
+    for part in (*plain, _broken_png, _broken_jpeg, _broken_others, _broken_tiff, _broken_avif):
         corpus.update(part(drawn, random.Random(f"{part.__name__} {seed}")))
     return corpus
 
@@ -57,6 +58,28 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         (length,) = struct.unpack_from(">I", data, at)
         yield data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
         at += 12 + length
+
+
+def tiff_of(
+    tags: dict[int, tuple[str, list[int]]], pieces: Sequence[bytes] = (), order: str = "<", then: int = 0
+) -> bytes:
+    """A TIFF by hand: tag -> (kind "B", "H" or "I", values); `pieces` are strips, or tiles if tag 322 is there."""
+    if pieces:
+        at = (324, 325) if 322 in tags else (273, 279)
+        tags = {at[0]: ("I", [0] * len(pieces)), at[1]: ("I", [len(p) for p in pieces])} | tags
+        size = len(tiff_of(tags, (), order))
+        tags = dict(tags)
+        if not any(tags[at[0]][1]):
+            tags[at[0]] = ("I", [size + sum(len(p) for p in pieces[:k]) for k in range(len(pieces))])
+    entries, values, position = b"", b"", 8 + 2 + 12 * len(tags) + 4
+    for tag, (kind, numbers) in sorted(tags.items()):
+        body = struct.pack(f"{order}{len(numbers)}{kind}", *numbers)
+        entries += struct.pack(order + "HHI", tag, {"B": 1, "H": 3, "I": 4}[kind], len(numbers))
+        entries += body.ljust(4, b"\0") if len(body) <= 4 else struct.pack(order + "I", position + len(values))
+        values += body if len(body) > 4 else b""
+    magic = b"II" if order == "<" else b"MM"
+    head = magic + struct.pack(order + "HIH", 42, 8, len(tags)) + entries + struct.pack(order + "I", then)
+    return head + values + b"".join(pieces)
 
 
 def _png(header: bytes, *parts: bytes) -> bytes:
@@ -192,6 +215,8 @@ def _moving(drawn: Image.Image, chance: random.Random) -> Corpus:
     more = {"save_all": True, "append_images": colours, "duration": 40, "loop": 0}
     return {
         "moving.gif": (encoded(drawn, "GIF", **more), None),
+        "moving.avif": (encoded(drawn, "AVIF", **more), None),
+        "pages.tiff": (encoded(drawn, "TIFF", save_all=True, append_images=colours), None),
         "moving.webp": (encoded(drawn, "WEBP", **more), None),
         "moving.png": (encoded(drawn, "PNG", **more), None),
     }
@@ -330,14 +355,113 @@ def _broken_others(drawn: Image.Image, chance: random.Random) -> Corpus:
     }
 
 
+def _broken_tiff(drawn: Image.Image, chance: random.Random) -> Corpus:
+    rows = drawn.tobytes()
+    row = _WIDTH * 3
+    good: dict[int, tuple[str, list[int]]] = {
+        256: ("I", [_WIDTH]), 257: ("I", [_HEIGHT]), 258: ("H", [8, 8, 8]), 259: ("H", [1]), 262: ("H", [2]),
+        277: ("H", [3]), 278: ("I", [_HEIGHT]),
+    }  # fmt: skip
+    strips = [rows[k : k + row] for k in range(0, len(rows), row)]
+
+    def changed(pieces: list[bytes] | None = None, **tags: tuple[str, list[int]]) -> bytes:
+        return tiff_of(good | {int(name[1:]): value for name, value in tags.items()}, pieces or [rows])
+
+    zeros = zlib.compress(bytes(1_000_000), 9)
+    loop = tiff_of(good, [rows], then=8)
+    huge_count = bytearray(changed())
+    entry = huge_count.index(struct.pack("<HHI", 258, 3, 3))
+    huge_count[entry + 4 : entry + 8] = b"\xff\xff\xff\xff"
+    return {
+        "tiff-loop.tiff": (loop, None),
+        "tiff-strips.tiff": (changed(strips, t278=("I", [1])), None),
+        "tiff-huge-count.tiff": (bytes(huge_count), None),  # three numbers are read, as three are needed
+        "tiff-exif-loop.tiff": (changed(t34665=("I", [8]), t330=("I", [8] * 9)), None),
+        "tiff-icc.tiff": (changed(t34675=("B", list(chance.randbytes(500)))), None),
+        "tiff-zero-wide.tiff": (changed(t256=("I", [0])), "decode_error"),
+        "tiff-zero-high.tiff": (changed(t257=("I", [0])), "decode_error"),
+        "tiff-zero-rows.tiff": (changed(t278=("I", [0])), "decode_error"),
+        "tiff-zero-tile.tiff": (changed(t322=("I", [0]), t323=("I", [16])), "decode_error"),
+        "tiff-odd-tile.tiff": (changed(t322=("I", [17]), t323=("I", [16])), "decode_error"),
+        "tiff-huge-tile.tiff": (changed(t322=("I", [1 << 20]), t323=("I", [1 << 20])), "too_large"),
+        "tiff-narrow-tiles.tiff": (
+            changed(
+                [zeros], t256=("I", [1]), t257=("I", [1_000_000]), t259=("H", [8]), t322=("I", [4096]), t323=("I", [16])
+            ),
+            "too_large",
+        ),
+        "tiff-many-strips.tiff": (changed(t257=("I", [100_000]), t278=("I", [1])), "too_large"),
+        "tiff-bomb.tiff": (
+            changed([zeros], t256=("I", [30_000]), t257=("I", [30_000]), t259=("H", [8]), t278=("I", [30_000])),
+            "too_large",
+        ),
+        "tiff-overlap.tiff": (
+            changed(
+                [rows] * 3, t273=("I", [300, 300, 300]), t278=("I", [24]), t259=("H", [5]), t279=("I", [20_000] * 3)
+            ),
+            "decode_error",
+        ),
+        "tiff-one-strip-often.tiff": (
+            tiff_of(good | {257: ("I", [5000]), 278: ("I", [1]), 273: ("I", [8] * 5000), 279: ("I", [row] * 5000)}),
+            "decode_error",
+        ),
+        "tiff-behind-the-end.tiff": (changed(t273=("I", [1 << 31])), "truncated"),
+        "tiff-short-strip.tiff": (changed(t279=("I", [100])), "truncated"),
+        "tiff-few-strips.tiff": (changed(t278=("I", [1])), "decode_error"),
+        "tiff-no-entries.tiff": (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "decode_error"),
+        "tiff-directory.tiff": (b"II*\0\xff\xff\xff\xff" + bytes(40), "truncated"),
+        "tiff-no-size.tiff": (tiff_of({258: ("H", [8])}), "decode_error"),
+        "tiff-ccitt.tiff": (changed(t259=("H", [4])), "unsupported_format"),
+        "tiff-jpeg.tiff": (changed(t259=("H", [7])), "unsupported_format"),
+        "tiff-float.tiff": (changed(t339=("H", [3, 3, 3])), "unsupported_format"),
+        "tiff-preview.tiff": (changed(t254=("I", [1])), "unsupported_format"),
+        "tiff-junk-lzw.tiff": (changed([chance.randbytes(900)], t259=("H", [5])), "decode_error"),
+        "tiff-junk-deflate.tiff": (changed([chance.randbytes(900)], t259=("H", [8])), "decode_error"),
+    }
+
+
+def _broken_avif(drawn: Image.Image, chance: random.Random) -> Corpus:
+    good = encoded(drawn, "AVIF")
+    large = encoded(Image.new("RGB", (4000, 3000), "navy"), "AVIF", speed=10)
+    size = good.index(b"ispe") + 8
+    large_size = large.index(b"ispe") + 8
+
+    def sized(width: int, height: int) -> bytes:
+        return good[:size] + struct.pack(">II", width, height) + good[size + 8 :]
+
+    small_box = large[:large_size] + struct.pack(">II", 16, 16) + large[large_size + 8 :]
+    return {
+        "avif-huge.avif": (sized(60_000, 60_000), "too_large"),
+        "avif-zero.avif": (sized(0, 72), "decode_error"),
+        "avif-small-box.avif": (small_box, "too_large"),
+        "avif-frames.avif": (_more_frames(good, 5000), "too_large"),
+        "avif-no-meta.avif": (good.replace(b"meta", b"free", 1), "truncated"),
+        "avif-no-location.avif": (good.replace(b"iloc", b"free", 1), "decode_error"),
+        "avif-boxes.avif": (good + b"\0\0\0\x08free" * 20_000, "decode_error"),
+        "avif-box-size.avif": (good + b"\0\0\0\x04free", "decode_error"),
+    }
+
+
+def _more_frames(good: bytes, count: int) -> bytes:
+    """The AVIF with many empty frame units behind its one frame: its location is as much longer."""
+    more = b"\x32\x01\0" * count
+    (length,) = struct.unpack_from(">I", good, good.index(b"iloc") + 22)
+    at = good.index(b"mdat") - 4
+    grown = bytearray(good + more)
+    grown[at : at + 4] = struct.pack(">I", len(good) - at + len(more))
+    place = good.index(b"iloc") + 22
+    grown[place : place + 4] = struct.pack(">I", length + len(more))
+    return bytes(grown)
+
+
 def _foreign(drawn: Image.Image, chance: random.Random) -> Corpus:
     """Other formats under a screenshot's name."""
     svg = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><rect/></svg>'
     return {
-        "foreign-tiff.png": (encoded(drawn, "TIFF"), "unsupported_format"),
         "foreign-ico.png": (encoded(drawn, "ICO"), "unsupported_format"),
         "foreign-svg.png": (svg, "unsupported_format"),
-        "foreign-avif.png": (b"\0\0\0\x1cftypavif\0\0\0\0", "unsupported_format"),
+        "foreign-big-tiff.png": (b"II+\0\x08\0\0\0" + bytes(40), "unsupported_format"),
+        "foreign-heic.png": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "unsupported_format"),
         "foreign-psd.png": (b"8BPS\0\1" + bytes(40), "unsupported_format"),
         "foreign-postscript.png": (b"%!PS-Adobe-3.0\n(%pipe%id) (r) file\n", "unsupported_format"),
         "foreign-html.jpg": (b"<!DOCTYPE html><html><body><h1>503</h1></body></html>", "not_an_image"),

@@ -6,7 +6,7 @@ import schemathesis
 from factories import image_bytes
 from hypothesis import strategies as st
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 IMAGES = st.integers(0, 9).map(lambda seed: image_bytes(seed, (12, 9), format=FORMATS[seed % len(FORMATS)]))
 
 schemathesis.openapi.format("base64-image", IMAGES.map(lambda data: base64.b64encode(data).decode()))
