@@ -131,7 +131,7 @@ REFUSED = {
 def test_what_can_be_known_before_is_refused_before_ray_starts(tmp_path, monkeypatch, name):
     import ray
 
-    draw_classes(tmp_path / "images", 3)
+    draw_classes(tmp_path / "images", 12)
     changes, sentence = REFUSED[name]
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
     with pytest.raises(Exception, match=sentence) as refused:
