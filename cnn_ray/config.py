@@ -35,7 +35,7 @@ REFERENCE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}@([1-9][0-9]{0,8}|[A-Za-z]
 
 Engine = Literal["auto", "tensorflow", "openvino"]
 Precision = Literal["auto", "f32", "bf16", "mixed_bfloat16", "mixed_float16"]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**53)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -107,7 +107,7 @@ class ModelConfig(Config):
     """What computes the scores: openvino (fast on CPUs), tensorflow (GPUs), or auto."""
     precision: Precision = "auto"
     """Number format of the engine; auto takes a faster one only where the model's own figures allow it."""
-    num_threads: Annotated[int, Field(ge=0)] = 0
+    num_threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """Threads of one predictor on a CPU; 0 means all cores that this process may use."""
     max_image_pixels: PositiveInt = 64_000_000
     """An image with more pixels than this is set aside as too_large before it is decoded."""
@@ -695,7 +695,7 @@ def _explain(kind: type[Config], error: ValidationError, source: str) -> str:
             )
         elif problem["type"] == "value_error":
             message = str(problem["msg"]).removeprefix("Value error, ")
-            sentences.append(f"{message} Next: correct {where}." if where else f"{message} Next: correct the {source}.")
+            sentences.append(f"{message} Next: correct {where}." if where else f"{message} Next: correct {source}.")
         elif problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
             sentences.append(
                 f"Expected text for {where}. Received: {problem['input']!r}, as YAML reads it. "

@@ -13,6 +13,7 @@ from cnn_ray.config import DataConfig, ModelDefinition, PhaseConfig, ScoreConfig
 from cnn_ray.console import RowProgress, print_epoch, print_score_result, say, waiting
 from cnn_ray.outputs import read
 from cnn_ray.score import ScoreResult, run_score
+from cnn_ray.storage_base import error_of_os
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +31,10 @@ def run_demo(folder: str, out: Console, console: Console) -> ScoreResult:
     """
     start = time.monotonic()
     root = Path(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise error_of_os(error, str(root)) from None
     data, models = root / "demo-data", root / "models"
     _draw(data, out, console)
     if (models / "demo" / "1" / DESCRIPTION).exists():

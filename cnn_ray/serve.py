@@ -30,7 +30,7 @@ from starlette.responses import Response
 
 from cnn_ray import gateway, haproxy
 from cnn_ray.artifact import load_artifact
-from cnn_ray.auth import require_keys
+from cnn_ray.auth import KeyRing, require_keys
 from cnn_ray.config import ServeConfig
 from cnn_ray.endpoint import RETRY_AFTER_S, Endpoint
 from cnn_ray.endpoint_metrics import MetricsBoard
@@ -186,6 +186,9 @@ def run_server(config: ServeConfig, *, on_ready: Callable[[str], None] | None = 
         UnavailableError: the endpoint did not get ready.
     """
     require_keys(config.host, config)
+    if config.api_keys_uri is not None:
+        KeyRing.load(config.api_keys_uri)
+    _require_certificate(config)
     app = build_app(config)
     config = config.model_copy(update={"port": _free_port(config.host, config.port)})
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -202,6 +205,19 @@ def run_server(config: ServeConfig, *, on_ready: Callable[[str], None] | None = 
         logger.info("stopped")
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _require_certificate(config: ServeConfig) -> None:
+    """Return if the configured certificate and its key can be used: Ray's proxy would only fail to listen."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except OSError as error:
+        raise ConfigError(
+            "Expected a PEM certificate chain and its private key. "
+            f"Received: {config.ssl_certfile} and {config.ssl_keyfile} ({error.strerror or error}). Next: correct them."
+        ) from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
