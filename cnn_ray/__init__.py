@@ -20,10 +20,13 @@ Bytes in, bytes out.
     user_folders.py   folders that any user may write, without a home too
     machine_errors.py what this machine lacks, whichever library met it first
     input_filters.py  which names below an input are images
+    content_encoding.py objects stored with Content-Encoding: gzip, read as what they were before
+    storage_options.py requester pays, encryption, addressing: what holds for the stores of this process
     storage_base.py   the interface of a store, and what its implementations share
     storage_retry.py  which failures are tried again, how often and how long
     storage_pages.py  a page of an S3 listing as Arrow columns
     storage_ranges.py a long S3 listing in order, many ranges of names at once
+    storage_clients.py the two S3 clients of a store
     storage_s3.py     S3
     local_walk.py     a local folder as sorted rows, links as far as they are followed
     storage.py        local folders; open_store(uri)

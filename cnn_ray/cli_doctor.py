@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from cnn_ray.doctor_finding import Finding
 
 
 @click.command()
@@ -26,16 +32,26 @@ def doctor(files: tuple[str, ...], gpu: bool, as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from cnn_ray.doctor import examine
+    from cnn_ray.doctor import examine, is_waited_for
     from cnn_ray.doctor_finding import exit_code
     from cnn_ray.redaction import redact
 
     findings = examine(files, gpu=gpu)
     if as_json:
         click.echo(redact(json.dumps([asdict(finding) for finding in findings], indent=2)))
-        return exit_code(findings)
+    else:
+        _print_findings(findings)
+    if is_waited_for():  # the prompt comes back with the table, whatever still hangs
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code(findings))
+    return exit_code(findings)
+
+
+def _print_findings(findings: list[Finding]) -> None:
     from cnn_ray.console import LIST_WIDTH, print_table
     from cnn_ray.flags import stdout_console
+    from cnn_ray.redaction import redact
 
     rows: list[tuple[str, ...]] = [
         (finding.level, finding.check, redact(finding.said), redact(finding.mend)) for finding in findings
@@ -44,4 +60,3 @@ def doctor(files: tuple[str, ...], gpu: bool, as_json: bool) -> int:
     if not console.is_terminal:
         console.width = LIST_WIDTH  # for grep: no cell is broken
     print_table(console, "", rows, ("", "check", "seen", "mend"))
-    return exit_code(findings)

@@ -28,6 +28,7 @@ from cnn_ray.model import check_definition
 from cnn_ray.predictor import Predictor, cpu_count, load_predictor
 from cnn_ray.ray_session import connected
 from cnn_ray.storage import open_store
+from cnn_ray.storage_options import use_storage_options
 from cnn_ray.train import HARMLESS, TrainResult, run_training
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def run_comparison(
         ConfigError: base and variants do not fit together, or their data or splits differ.
         StorageError: the output cannot be written.
     """
+    use_storage_options(config)
     digest, split = _shared_split(config)
     store = open_store(f"{config.output_uri.rstrip('/')}/{config.name}")
     store.check_writable()

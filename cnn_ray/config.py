@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from datetime import date as Date
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from cnn_ray.errors import ConfigError
 from cnn_ray.yaml_files import load_yaml as load_yaml
@@ -96,7 +97,27 @@ class Config(BaseModel):
         return value
 
 
-class ModelConfig(Config):
+class StorageConfig(Config):
+    """How S3 is asked, beyond what AWS's own environment and files say: shared by all jobs, on every node."""
+
+    request_payer: Literal["requester"] | None = None
+    """requester: this account pays for what it reads from and writes to buckets of others (requester pays)."""
+    sse: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
+    """Server-side encryption asked for with every object that is written; by default the bucket's own."""
+    sse_kms_key_id: Annotated[str, Field(min_length=1)] | None = None
+    """Id or ARN of the KMS key for sse aws:kms; by default the account's own key."""
+    addressing_style: Literal["auto", "path", "virtual"] | None = None
+    """Where the bucket stands in a request: path, virtual (in the host name), or auto as boto3 chooses. By default what
+    the AWS profile says, else auto on AWS and path on other servers."""
+
+    @model_validator(mode="after")
+    def _key_of_kms(self) -> Self:
+        if self.sse_kms_key_id is not None and self.sse not in ("aws:kms", "aws:kms:dsse"):
+            raise ValueError(f"Expected sse aws:kms with sse_kms_key_id. Received: {self.sse or 'none'}.")
+        return self
+
+
+class ModelConfig(StorageConfig):
     """Which model answers and how its inputs are read: shared by scoring and serving, so that answers are the same."""
 
     model: str
@@ -397,7 +418,7 @@ GuardName = Literal[
 ]
 
 
-class TrainConfig(Config):
+class TrainConfig(StorageConfig):
     """One training run: labelled images become a model version."""
 
     name: str
@@ -466,7 +487,7 @@ class TrainConfig(Config):
         return self
 
 
-class CompareConfig(Config):
+class CompareConfig(StorageConfig):
     """Several trainings on one split and one list of seeds, side by side."""
 
     name: str
@@ -500,6 +521,7 @@ class CompareConfig(Config):
             ConfigError: base and variant do not make a training configuration.
         """
         own = {"name": f"{self.name}-{variant}", "seed": seed}
+        own |= self.model_dump(include=set(StorageConfig.model_fields), exclude_none=True)
         source = f"base and variant {variant}"
         return build_config(TrainConfig, self.base, self.variants[variant], own, source=source)
 
@@ -653,6 +675,12 @@ class ServeConfig(ModelConfig):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def fields_of(kind: type[Config]) -> dict[str, FieldInfo]:
+    """Return the fields of a configuration as people read them: what the job is about first, how S3 is asked last."""
+    shared = StorageConfig.model_fields.keys()
+    return dict(sorted(kind.model_fields.items(), key=lambda item: item[0] in shared))
 
 
 def build_config(kind: type[ConfigT], *layers: Mapping[str, Any], source: str = "configuration") -> ConfigT:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic.fields import FieldInfo
 
 from cnn_ray import config
-from cnn_ray.config import Config
+from cnn_ray.config import Config, fields_of
 
 JOBS: tuple[tuple[str, type[Config]], ...] = (
     ("cnn-ray score", config.ScoreConfig),
@@ -74,7 +74,7 @@ def _section(title: str, kind: type[Config]) -> Iterator[str]:
     yield f"{_one_line(kind.__doc__ or '')}\n"
     yield "| key | type | default | |"
     yield "|---|---|---|---|"
-    for name, field in kind.model_fields.items():
+    for name, field in fields_of(kind).items():
         cells = (f"`{name}`", type_name(field.annotation) + _bounds(field.metadata), _default(field))
         yield f"| {' | '.join(cells)} | {_one_line(field.description or '')} |"
     yield ""

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cnn_ray.config import (
     NightlyConfig,
     ScoreConfig,
     ServeConfig,
+    StorageConfig,
     TrainConfig,
     build_config,
     load_yaml,
@@ -28,13 +30,16 @@ from cnn_ray.config import (
 from cnn_ray.doctor_finding import Finding, error, ok, warning
 from cnn_ray.errors import CnnRayError, ConfigError
 from cnn_ray.partitions import fill_date
+from cnn_ray.storage_options import these_storage_options
+from cnn_ray.storage_retry import patience
 from cnn_ray.user_folders import home_folder
 from cnn_ray.yaml_files import parse_yaml
 
-DEADLINE_S = 10.0
-"""A storage that needs longer for one probe is down or out of reach for practical ends."""
+DEADLINE_S = 15.0
+"""For all checks together. A storage that needs longer for one probe is down or out of reach for practical ends."""
 
 SHORTEST_BUDGET_S = 300.0
+CHECK_THREAD = "doctor-check"
 
 Check = Callable[[], Sequence[Finding]]
 
@@ -123,10 +128,24 @@ def config_of(document: Mapping[str, Any], file: str) -> Config:
 
 
 def checks_of_config(config: Config) -> list[tuple[str, Check]]:
-    """What storage and model of a configuration are asked."""
+    """What storage and model of a configuration are asked, with its own storage options."""
+    options = config.score if isinstance(config, NightlyConfig) else config
+
+    def asked_so(check: Check) -> Check:
+        def run() -> Sequence[Finding]:
+            own = these_storage_options(options) if isinstance(options, StorageConfig) else nullcontext()
+            with own, patience(DEADLINE_S / 2):  # what storage says is worth more than "no answer"
+                return check()
+
+        return run
+
+    return [(name, asked_so(check)) for name, check in _checks_of_config(config)]
+
+
+def _checks_of_config(config: Config) -> list[tuple[str, Check]]:
     checks: list[tuple[str, Check]] = []
     if isinstance(config, NightlyConfig):
-        return [("time-outs", lambda: [night_finding(config)]), *checks_of_config(config.score)]
+        return [("time-outs", lambda: [night_finding(config)]), *_checks_of_config(config.score)]
     if isinstance(config, ScoreConfig):
         checks += _score_checks(config)
     if isinstance(config, ModelConfig):
@@ -210,8 +229,10 @@ def run_checks(checks: Sequence[tuple[str, Check]], deadline_s: float = DEADLINE
             reason = " ".join(str(failure).split())[:200]
             results[place] = [error(name, f"{type(failure).__name__}: {reason}", "report this as a bug of the doctor")]
 
-    # Daemons: a check that hangs must not keep the process.
-    threads = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(len(checks))]
+    # Daemons: a check that hangs must not keep the process. See also `is_waited_for`.
+    threads = [
+        threading.Thread(target=run, args=(place,), name=CHECK_THREAD, daemon=True) for place in range(len(checks))
+    ]
     until = time.monotonic() + deadline_s
     for thread in threads:
         thread.start()
@@ -226,6 +247,12 @@ def run_checks(checks: Sequence[tuple[str, Check]], deadline_s: float = DEADLINE
         for place in range(len(checks))
         for finding in (results[place] if results[place] is not None else [late[place]]) or []
     ]
+
+
+def is_waited_for() -> bool:
+    """Whether a check goes on that would keep this process from its end: pools of threads that it started are waited
+    for by Python, however long storage does not answer."""
+    return any(thread.name == CHECK_THREAD for thread in threading.enumerate())
 
 
 def _as_finding(check: str, failure: CnnRayError) -> Finding:

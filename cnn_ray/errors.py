@@ -85,6 +85,22 @@ class ChangedError(StorageError):
     """The object is no longer the one that was asked for (its etag differs)."""
 
 
+class ArchivedError(StorageError):
+    """The object lies in an archive of the storage and cannot be read before it is restored."""
+
+
+class ServerLacksError(StorageError):
+    """The storage's server lacks something that exactly-once results need, such as conditional writes."""
+
+
+class EncodedError(StorageError):
+    """The object is stored with a Content-Encoding that is not read."""
+
+
+class DamagedError(StorageError):
+    """The bytes of the object are not what its Content-Encoding promises."""
+
+
 class TooLargeError(StorageError):
     """The object has more bytes than the caller allows."""
 

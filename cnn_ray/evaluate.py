@@ -25,6 +25,7 @@ from cnn_ray.predictor import Predictor, load_predictor
 from cnn_ray.reader import ImageReader, read_threads
 from cnn_ray.records import RowFailure
 from cnn_ray.storage import open_store
+from cnn_ray.storage_options import use_storage_options
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +188,7 @@ def run_evaluation(config: EvaluateConfig) -> EvaluationResult:
     Raises:
         ArtifactError, DataError, StorageError: as `score_labelled`, or the output cannot be written.
     """
+    use_storage_options(config)
     artifact = load_artifact(config.models_uri, config.model)
     open_store(config.output_uri).check_writable()
     scored = score_labelled(config, artifact)

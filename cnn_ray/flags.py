@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 from pydantic.fields import FieldInfo
 
-from cnn_ray.config import Config, build_config, load_yaml
+from cnn_ray.config import Config, NightlyConfig, StorageConfig, build_config, fields_of, load_yaml
 from cnn_ray.redaction import redacted
 
 if TYPE_CHECKING:
@@ -78,13 +78,26 @@ def stderr_console() -> Console:
 
 
 def config_from_flags(kind: type[ConfigT], file: str | None, flags: Mapping[str, Any]) -> ConfigT:
-    """The configuration of a YAML file with the given flags over it (default < YAML < flag).
+    """The configuration of a YAML file with the given flags over it (default < YAML < flag). From now on this process
+    asks storage as it says.
 
     Raises:
         ConfigError: the file or a value is wrong.
     """
     source = "the flags" if file is None else f"{file} and the flags"
-    return build_config(kind, {} if file is None else load_yaml(file), given_keys(flags), source=source)
+    config = build_config(kind, {} if file is None else load_yaml(file), given_keys(flags), source=source)
+    use_storage(config)
+    return config
+
+
+def use_storage(config: Config) -> None:
+    """Let this process ask storage as the job is configured."""
+    from cnn_ray.storage_options import use_storage_options
+
+    if isinstance(config, NightlyConfig):
+        use_storage_options(config.score)
+    elif isinstance(config, StorageConfig):
+        use_storage_options(config)
 
 
 def given_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +141,7 @@ def _values(_context: click.Context, parameter: click.Parameter, given: tuple[st
 
 def _fields(kind: type[Config], prefix: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], FieldInfo]]:
     found: list[tuple[tuple[str, ...], FieldInfo]] = []
-    for name, field in kind.model_fields.items():
+    for name, field in fields_of(kind).items():
         nested = [a for a in _alternatives(field.annotation) if isinstance(a, type) and issubclass(a, Config)]
         if nested:
             found += _fields(nested[0], (*prefix, name))

@@ -48,6 +48,7 @@ from cnn_ray.readiness import is_empty, why_not_ready
 from cnn_ray.redaction import redact
 from cnn_ray.report import previous_night
 from cnn_ray.score import Progress, ScoreResult, run_score
+from cnn_ray.storage_options import use_storage_options
 from cnn_ray.webhook import post_json
 
 POLL_S = 30.0
@@ -119,6 +120,7 @@ def run_nightly(
         ArtifactError, ConfigError: there is no such model.
         StorageError: storage does not tell what the dates owe.
     """
+    use_storage_options(config.score)
     clock = clock or Clock()
     started = clock.now()
     night = _Night(config, clock, on_progress)

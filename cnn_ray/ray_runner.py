@@ -125,6 +125,7 @@ class _ReadStage:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         context = self._context
+        context.use_storage()
         decoded = fetch_decode(context, Shard(context.plan.generation, int(row["index"]), str(row["page"])))
         return {
             "index": decoded.shard.index,
@@ -141,6 +142,7 @@ class _ReadStage:
 class _PredictStage:
     def __init__(self, context: StageContext, config: ScoreConfig) -> None:
         self._failure: CnnRayError | None = None
+        context.use_storage()
         try:
             self._predictor = TimedPredictor(load_stage_predictor(context, config), context.batch_size)
         except CnnRayError as error:  # Ray keeps only the text of what a constructor raises, and tries it again
@@ -159,6 +161,7 @@ class _CommitStage:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         context = self._context
+        context.use_storage()
         decoded = DecodedShard(
             shard=Shard(context.plan.generation, int(row["index"]), str(row["page"])),
             pixels=np.empty((0,), np.uint8),

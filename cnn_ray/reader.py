@@ -18,7 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cnn_ray.decoders import Decoders
-from cnn_ray.errors import AccessDeniedError, ChangedError, ConfigError, NotFoundError, TooLargeError
+from cnn_ray.errors import (
+    AccessDeniedError,
+    ArchivedError,
+    ChangedError,
+    ConfigError,
+    DamagedError,
+    EncodedError,
+    NotFoundError,
+    TooLargeError,
+)
 from cnn_ray.images import DecodedImage, ImageCaps
 from cnn_ray.known_sets import KERAS_CIFAR10, is_packed, read_packed
 from cnn_ray.records import QuarantineCode, RowFailure
@@ -71,10 +80,24 @@ class ImageReader:
             )
         except AccessDeniedError:
             return RowFailure(QuarantineCode.ACCESS_DENIED, "the credentials of the run may not read it")
+        except ArchivedError:
+            return RowFailure(
+                QuarantineCode.ARCHIVED, "it lies in an archive storage class: restore it, then --retry-quarantined"
+            )
+        except EncodedError:
+            return RowFailure(QuarantineCode.UNSUPPORTED_FORMAT, "its Content-Encoding is not gzip")
+        except DamagedError:
+            return RowFailure(QuarantineCode.DECODE_ERROR, "its Content-Encoding is gzip, its bytes are damaged")
         except TooLargeError:
             return RowFailure(QuarantineCode.TOO_LARGE, f"more than {self._caps.max_bytes} bytes")
         except ConfigError:  # S3 may list keys such as `a/../b`, which a folder cannot hold
             return RowFailure(QuarantineCode.URI_NOT_ALLOWED, "a location that steps out of its folder")
+
+    def check_etag(self, uri: str) -> None:
+        """Return where the storage tells one etag of an image that has not changed (`Store.check_etag`)."""
+        if self._stores is not None:
+            store, key = self._stores.locate(uri)
+            store.check_etag(key)
 
     def read_into(
         self, uri: str, out: NDArray[np.uint8], etag: str | None = None, size_bytes: int = 0

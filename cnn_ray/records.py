@@ -17,6 +17,7 @@ class QuarantineCode(StrEnum):
 
     NOT_FOUND = "not_found"
     ACCESS_DENIED = "access_denied"
+    ARCHIVED = "archived"
     CHANGED = "changed"
     EMPTY = "empty"
     NOT_AN_IMAGE = "not_an_image"

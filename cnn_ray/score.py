@@ -35,6 +35,7 @@ from cnn_ray.redaction import redacted
 from cnn_ray.runners import run_local
 from cnn_ray.stages import StageContext, positive_index
 from cnn_ray.storage import open_store, split_uri
+from cnn_ray.storage_options import storage_options, use_storage_options
 from cnn_ray.tallies import Tally, Timeline
 
 S3_FETCHES = 32
@@ -120,6 +121,7 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
         BusyError: another run holds the partition.
         QuarantineLimitError: too many rows could not be scored; the manifest is written with that status.
     """
+    use_storage_options(config)
     job = job_of(config)
     manifest = job.partition.newest_manifest()
     owed = None if manifest is None else owed_by(job, manifest, job.partition.store.put_if_absent)
@@ -127,6 +129,7 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
         refuse_over_limit(job.partition, manifest)
         return ScoreResult(job.partition.uri, manifest, True, owed.changes, Attempt())
     job.partition.store.check_writable()
+    job.partition.store.check_conditional_writes()
     with Lease(job.partition.store, config.lease_s):
         owed = owed or owed_by(job, None, job.partition.store.put_if_absent)
         result: ScoreResult | None = None
@@ -144,6 +147,7 @@ def run_score(config: ScoreConfig, on_progress: Callable[[Progress], None] | Non
 
 def dry_run(config: ScoreConfig) -> DryRun:
     """What `run_score` would do, found without writing anything: the model and the input are really looked at."""
+    use_storage_options(config)
     job = job_of(config)
     manifest = job.partition.newest_manifest()
     sizes: list[int] = []
@@ -280,6 +284,7 @@ def _stage_context(job: ScoreJob, plan: Plan) -> StageContext:
         num_decoders=1 if wants_ray(config) else cpu_count(),  # a Ray task that reads has one CPU
         batch_size=config.batch_size,
         run_date=config.date,
+        storage=storage_options(),
     )
 
 

@@ -38,6 +38,7 @@ from cnn_ray.errors import ConfigError, UnavailableError
 from cnn_ray.log_stream import SOCKET_VARIABLE, open_error_log, shown_log
 from cnn_ray.placement import Share, require_resources, watched_placement
 from cnn_ray.ray_session import connected, logs_folder
+from cnn_ray.storage_options import use_storage_options
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class Replica:
             ConfigError: others reach the port, and there are no API keys.
         """
         open_error_log()
+        use_storage_options(config)
         require_keys(_listening_host(config), config)
         self._board = board
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -143,6 +145,7 @@ def build_app(config: ServeConfig) -> Application:
     Raises:
         ArtifactError: no such model.
     """
+    use_storage_options(config)
     for reference in (config.model, *config.also):
         load_artifact(config.models_uri, reference)
     # replicas have their own working directory
@@ -185,6 +188,7 @@ def run_server(config: ServeConfig, *, on_ready: Callable[[str], None] | None = 
             or HAProxy is asked of a cluster that was started without; nothing is served.
         UnavailableError: the endpoint did not get ready.
     """
+    use_storage_options(config)
     require_keys(config.host, config)
     if config.api_keys_uri is not None:
         KeyRing.load(config.api_keys_uri)

@@ -11,7 +11,7 @@ import functools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date as Date
 
 import numpy as np
@@ -19,7 +19,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cnn_ray.artifact import Artifact
-from cnn_ray.errors import AccessDeniedError
+from cnn_ray.config import StorageConfig
+from cnn_ray.errors import AccessDeniedError, ArchivedError
 from cnn_ray.images import ImageCaps
 from cnn_ray.manifests import PartRecord
 from cnn_ray.memory import keep_freed_memory
@@ -30,6 +31,7 @@ from cnn_ray.plan import Plan, Shard, shard_rows
 from cnn_ray.predictor import Predictor
 from cnn_ray.reader import ImageReader, close_decoders, shared_decoders
 from cnn_ray.records import INPUT_PREFIX, QUARANTINE_SCHEMA, QuarantineCode, RowFailure, score_schema
+from cnn_ray.storage_options import use_storage_options
 from cnn_ray.stores import Stores, stores_of
 
 NO_DIGEST = bytes(32)
@@ -50,6 +52,11 @@ class StageContext:
     num_decoders: int
     batch_size: int
     run_date: Date | None = None
+    storage: StorageConfig = field(default_factory=StorageConfig)
+
+    def use_storage(self) -> None:
+        """Let this process ask storage as the run is configured; Ray's workers begin with it."""
+        use_storage_options(self.storage)
 
     @property
     def stores(self) -> Stores:
@@ -89,7 +96,7 @@ def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
     """The shard's images, fetched and decoded with many in flight.
 
     Raises:
-        StorageError: storage is down, credentials are wrong, or every row of the run is denied.
+        StorageError: storage is down, credentials are wrong, or every row of the run is denied or archived.
     """
     rows = planned_rows(context, shard)
     uris = rows["uri"].to_pylist()
@@ -99,12 +106,8 @@ def fetch_decode(context: StageContext, shard: Shard) -> DecodedShard:
     columns = (uris, rows["etag"].to_pylist(), rows["size_bytes"].to_pylist(), pixels)
     images = list(_fetch_pool(context.fetch_concurrency).map(read, *columns))
     failures = {k: image.result for k, image in enumerate(images) if isinstance(image.result, RowFailure)}
-    if (
-        failures
-        and all(f.code == QuarantineCode.ACCESS_DENIED for f in failures.values())
-        and len(failures) == len(uris)
-    ):
-        _refuse_if_all_denied(context)
+    if failures and len(failures) == len(uris):
+        _refuse_hopeless(context, uris, {failure.code for failure in failures.values()})
     position = np.array([k for k in range(len(images)) if k not in failures], np.int32)
     sizes = [image.result for image in images if not isinstance(image.result, RowFailure)]
     digests = b"".join(image.sha256 or NO_DIGEST for image in images)
@@ -219,26 +222,47 @@ _FROZEN_FAILURES = {
 }
 
 
-def _refuse_if_all_denied(context: StageContext) -> None:
-    """Returns where at least one of some rows spread over the whole plan can be read.
+def _refuse_hopeless(context: StageContext, uris: list[str], codes: set[QuarantineCode]) -> None:
+    """Return where the failures of a shard, none of whose rows could be read, are failures of single rows.
 
     Raises:
-        AccessDeniedError: none can: these are no bad rows but credentials without the right to read the input.
+        AccessDeniedError: none of some rows spread over the whole plan can be read either: these are no bad rows but
+            credentials without the right to read the input.
+        ArchivedError: likewise, all lie in an archive. Only in a first generation: a later one must not wait for them.
+        ServerLacksError: nothing changed, the storage tells different etags in listings and answers.
     """
+    if codes == {QuarantineCode.CHANGED}:
+        _reader(context).check_etag(uris[0])
+    elif codes == {QuarantineCode.ACCESS_DENIED} and _all_fail(context, QuarantineCode.ACCESS_DENIED):
+        local = "file reads there; where the files are links that lead outside of it, add --follow-symlinks"
+        advice = "s3:GetObject there" if context.input_root.startswith("s3://") else local
+        raise AccessDeniedError(
+            f"Expected credentials that may read {context.input_root}. Received: access denied on every row tried. "
+            f"Next: allow {advice}, and run again."
+        )
+    elif (
+        codes == {QuarantineCode.ARCHIVED}
+        and context.plan.generation == 1
+        and _all_fail(context, QuarantineCode.ARCHIVED)
+    ):
+        raise ArchivedError(
+            f"Expected images that can be read in {context.input_root}. Received: every object tried lies in an "
+            "archive storage class (GLACIER, DEEP_ARCHIVE or an archive tier). Next: restore them (aws s3api "
+            "restore-object), wait until that is done, and run the same command again."
+        )
+
+
+def _all_fail(context: StageContext, code: QuarantineCode) -> bool:
+    """Return whether each of some rows spread over the whole plan fails with `code`."""
     reader, pages = _reader(context), context.plan.pages
     for page in pages[:: max(len(pages) // PROBES, 1)]:
         for index in range(page.first_shard, page.first_shard + page.shards, max(page.shards // PROBES, 1)):
             rows = planned_rows(context, Shard(context.plan.generation, index, page.name)).slice(0, 1).to_pylist()
             uri, etag = rows[0]["uri"], rows[0]["etag"]
             result = _FROZEN_FAILURES.get(etag) or reader.fetch(uri, etag)
-            if not isinstance(result, RowFailure) or result.code != QuarantineCode.ACCESS_DENIED:
-                return
-    local = "file reads there; where the files are links that lead outside of it, add --follow-symlinks"
-    advice = "s3:GetObject there" if context.input_root.startswith("s3://") else local
-    raise AccessDeniedError(
-        f"Expected credentials that may read {context.input_root}. Received: access denied on every row tried. "
-        f"Next: allow {advice}, and run again."
-    )
+            if not isinstance(result, RowFailure) or result.code != code:
+                return False
+    return True
 
 
 def _scored_table(

@@ -45,6 +45,7 @@ from cnn_ray.storage_base import (
     error_of_os,
     write_whole,
 )
+from cnn_ray.storage_options import storage_options
 from cnn_ray.storage_s3 import S3Store
 
 __all__ = ["LocalStore", "ObjectInfo", "S3Store", "Store", "open_store", "split_uri"]
@@ -56,7 +57,8 @@ _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # non-blocking: openin
 def open_store(uri: str, *, follow_symlinks: bool = False) -> Store:
     """Store over a local folder or `s3://bucket[/prefix]`. Does no I/O, so nothing is known to exist yet.
 
-    With `follow_symlinks` a local folder is read through its links, wherever they lead.
+    With `follow_symlinks` a local folder is read through its links, wherever they lead. A bucket is asked with
+    the storage options that hold now (`cnn_ray.storage_options`).
 
     Raises:
         ConfigError: another scheme, an empty or malformed location. The message repeats no more than the scheme,
@@ -69,7 +71,7 @@ def open_store(uri: str, *, follow_symlinks: bool = False) -> Store:
         return LocalStore(uri, follow_symlinks=follow_symlinks)
     match scheme[1].lower():
         case "s3" | "s3a" | "s3n":  # the last two are Hadoop's names of the same
-            return S3Store(f"s3://{uri[scheme.end() :]}")
+            return S3Store(f"s3://{uri[scheme.end() :]}", storage_options())
         case "file" if uri[scheme.end() :].startswith("/"):
             folder = unquote(uri[scheme.end() :], errors="surrogateescape")
             return LocalStore(folder, follow_symlinks=follow_symlinks)

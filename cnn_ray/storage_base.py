@@ -26,14 +26,20 @@ from cnn_ray.errors import (
     ChangedError,
     ConfigError,
     NotFoundError,
+    ServerLacksError,
     StorageError,
     TooLargeError,
     UnavailableError,
 )
 
+PROBE_PREFIX = "_probe-"
 OWN_PREFIX = ".cnn_ray-"
 """Names of our temporary and lock files begin with this; no listing shows them."""
 
+CONDITIONS_ADVICE = (
+    "use a server with strong ETags and conditional writes (If-None-Match, If-Match), such as AWS S3 or a current "
+    "MinIO or Ceph, or a folder; `cnn-ray doctor` tries them."
+)
 LIST_BATCH_ROWS = 16_384
 COPY_BYTES = 1 << 20
 
@@ -142,6 +148,49 @@ class Store(ABC):
         Raises:
             StorageError: it cannot; the message says why.
         """
+
+    def check_etag(self, key: str) -> None:  # noqa: B027 - true of every local folder
+        """Return where the storage tells one etag of an object that has not changed.
+
+        Raises:
+            ServerLacksError: a listing and an answer tell different ones.
+        """
+
+    def check_conditional_writes(self) -> None:
+        """Return where put-if-absent and put-if-match hold here; four small writes, and nothing is left behind.
+
+        A server that ignores the conditions would let two runs overwrite each other without an error, and one that
+        refuses what matches would stop all of them.
+
+        Raises:
+            ServerLacksError: they do not; the message says which.
+            StorageError: the storage cannot be written.
+        """
+        key = f"{PROBE_PREFIX}{secrets.token_hex(8)}"
+        try:
+            _try_conditions(self, key)
+        finally:
+            with suppress(StorageError):
+                self.delete(key)
+
+
+def _try_conditions(store: Store, key: str) -> None:
+    first, second, third = (secrets.token_bytes(16) for _ in range(3))
+
+    def lacks(received: str) -> ServerLacksError:
+        return ServerLacksError(
+            f"Expected conditional writes that hold at {store.uri}. Received: {received}. Next: {CONDITIONS_ADVICE}"
+        )
+
+    if not store.put_if_absent(key, first):
+        raise lacks("If-None-Match of a new object was refused")
+    if store.put_if_absent(key, second) or store.get(key) != first:
+        raise lacks("a server that ignores If-None-Match: a second write took the place of the first")
+    _, version = store.get_versioned(key)
+    if store.put_if_match(key, third, version) is None:
+        raise lacks("a PUT whose If-Match names the right ETag was refused")
+    if store.put_if_match(key, second, version) is not None or store.get(key) != third:
+        raise lacks("a server that ignores If-Match: a write over another version was taken")
 
 
 def check_key(key: str) -> str:

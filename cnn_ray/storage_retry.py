@@ -9,19 +9,24 @@ Codes decide, not texts: S3's texts quote keys, signatures and request headers, 
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from cnn_ray.errors import (
     AccessDeniedError,
+    ArchivedError,
     CnnRayError,
     ConfigError,
     CredentialsError,
     NotFoundError,
+    ServerLacksError,
     StorageError,
     UnavailableError,
 )
@@ -46,6 +51,14 @@ _CREDENTIAL_CODES = {
     "UnrecognizedClientException",
     "AuthorizationHeaderMalformed",
 }
+_REGION_CODES = {
+    "AuthorizationHeaderMalformed",
+    "PermanentRedirect",
+    "TemporaryRedirect",
+    "IllegalLocationConstraintException",
+    "301",
+    "307",
+}
 _TRANSIENT_CODES = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -63,7 +76,24 @@ _TRANSIENT_CODES = {
     "ServiceUnavailable",
 }
 _NOT_FOUND_CODES = {"NoSuchKey", "NoSuchBucket", "NotFound"}
+_ARCHIVED_CODES = {"InvalidObjectState", "ObjectNotInActiveTierError"}
+_NOT_IMPLEMENTED_CODES = {"NotImplemented", "XNotImplemented", "MethodNotAllowed", "501", "405"}
 _CODE = re.compile(r"[A-Za-z0-9.]{1,64}")
+_REGION = re.compile(r"[a-z0-9-]{1,40}")
+_EXPECTED_REGION = re.compile(r"expecting '([^']+)'")
+
+
+_patience_s: ContextVar[float] = ContextVar("patience_s", default=math.inf)
+
+
+@contextmanager
+def patience(seconds: float) -> Generator[None]:
+    """Inside, this thread begins no attempt later than `seconds` after the first one: somebody waits at a prompt."""
+    token = _patience_s.set(seconds)
+    try:
+        yield
+    finally:
+        _patience_s.reset(token)
 
 
 def attempts(call: Callable[[int], T], uri: str) -> T:
@@ -78,7 +108,7 @@ def attempts(call: Callable[[int], T], uri: str) -> T:
     from botocore.exceptions import BotoCoreError, ClientError
     from urllib3.exceptions import HTTPError
 
-    deadline = time.monotonic() + RETRY_TOTAL_S
+    deadline = time.monotonic() + min(RETRY_TOTAL_S, _patience_s.get())
     attempt = 1
     while True:
         try:
@@ -102,13 +132,21 @@ def unavailable(uri: str, said: str) -> UnavailableError:
 def error_of_s3(error: Exception, uri: str) -> CnnRayError:
     """The error that a user meets for what botocore or the network said about `uri`."""
     from botocore import exceptions
+    from urllib3.exceptions import HTTPError
 
     match error:
         case exceptions.ClientError():
             said: Any = error
             response = said.response
             code, status = str(response["Error"].get("Code", "")), response["ResponseMetadata"].get("HTTPStatusCode", 0)
-            return _error_of_answer(code if _CODE.fullmatch(code) else "an unreadable code", int(status), uri)
+            region = region_of_answer(response)
+            if region is not None and (code in _REGION_CODES or status in (301, 307)):
+                return StorageError(
+                    f"Expected requests for {uri} to go to the bucket's region, {region}. Received: {_shown(code)}, "
+                    f"because another one is set. Next: export AWS_DEFAULT_REGION={region} on every node, or set "
+                    f"region = {region} in ~/.aws/config."
+                )
+            return _error_of_answer(_shown(code), int(status), uri)
         case (
             exceptions.NoCredentialsError()
             | exceptions.PartialCredentialsError()
@@ -132,14 +170,40 @@ def error_of_s3(error: Exception, uri: str) -> CnnRayError:
                 f"Expected a valid request for {uri}. Received: {type(error).__name__}. "
                 "Next: check the bucket name, the key's length and ~/.aws/config."
             )
-        case OSError() if not isinstance(error, ConnectionError | TimeoutError | ssl.SSLError):
+        # botocore's time-outs and TLS failures are OSErrors too, and no failures of a disk
+        case OSError() if not isinstance(
+            error, ConnectionError | TimeoutError | ssl.SSLError | exceptions.BotoCoreError | HTTPError
+        ):
             return error_of_os(error, str(error.filename or uri))
         case _:
             return unavailable(uri, f"{type(error).__name__}")
 
 
+def region_of_answer(response: Mapping[str, Any]) -> str | None:
+    """Return the region that an answer of S3 names as the bucket's own, None where it names none."""
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    error = response.get("Error", {})
+    expected = _EXPECTED_REGION.search(str(error.get("Message", "")))
+    named = headers.get("x-amz-bucket-region") or error.get("Region") or (expected[1] if expected else "")
+    return str(named) if _REGION.fullmatch(str(named)) else None
+
+
+def _shown(code: str) -> str:
+    return code if _CODE.fullmatch(code) else "an unreadable code"
+
+
 def _error_of_answer(code: str, status: int, uri: str) -> StorageError:
     """The error for an answer of S3; HEAD has no body, so there the status is all that is known."""
+    if code in _ARCHIVED_CODES:
+        return ArchivedError(
+            f"Expected an object that can be read at {uri}. Received: one in an archive storage class ({code}). "
+            "Next: restore it (aws s3api restore-object), wait until that is done, and run again."
+        )
+    if code in _NOT_IMPLEMENTED_CODES or status in (405, 501):
+        return ServerLacksError(
+            f"Expected a server that implements what was asked of {uri}. Received: {code} ({status}). "
+            "Next: check AWS_ENDPOINT_URL, or use a server that implements the S3 protocol."
+        )
     if code in _CREDENTIAL_CODES:
         return CredentialsError(
             f"Expected credentials and a clock that the storage of {uri} accepts. Received: {code}. "
@@ -155,6 +219,7 @@ def _error_of_answer(code: str, status: int, uri: str) -> StorageError:
     if status in (401, 403):
         return AccessDeniedError(
             f"Expected permission for {uri}. Received: {code} ({status}). "
-            "Next: check the policies of the user or role and of the bucket."
+            "Next: check the policies of the user or role and of the bucket; buckets of others may want "
+            "--request-payer, or --sse for what is written."
         )
     return StorageError(f"Expected {uri} to be read or written. Received: {code} ({status}). Next: see the S3 codes.")

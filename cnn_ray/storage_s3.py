@@ -2,6 +2,8 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportUnknownLambdaType=false
+# pyright: reportAttributeAccessIssue=false
+# (the last one because pyarrow.compute makes its functions while it is imported)
 """S3 and what speaks its protocol, for `cnn_ray.storage`.
 
 boto3 does everything, because it reads every credential source, profile and endpoint setting; except two hot spots.
@@ -17,23 +19,34 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cnn_ray.errors import ChangedError, ConfigError, NotFoundError
-from cnn_ray.storage_base import COPY_BYTES, ObjectInfo, Store, check_key, check_size, write_whole
+from cnn_ray.config import StorageConfig
+from cnn_ray.content_encoding import decoded
+from cnn_ray.errors import ChangedError, ConfigError, NotFoundError, ServerLacksError
+from cnn_ray.storage_base import (
+    CONDITIONS_ADVICE,
+    COPY_BYTES,
+    ObjectInfo,
+    Store,
+    changed,
+    check_key,
+    check_size,
+    write_whole,
+)
+from cnn_ray.storage_clients import make_clients
 from cnn_ray.storage_pages import ListingPage, parse_page
 from cnn_ray.storage_ranges import RangeLister, start_at
-from cnn_ray.storage_retry import attempts, error_of_s3, unavailable
+from cnn_ray.storage_retry import attempts, unavailable
 
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 30
-CONNECTIONS = 64
 QUICK_TRIES = 8
-CREDENTIALS_TTL = timedelta(minutes=5)
+NO_ETAG, WEAK_ETAG = ("none", "^$"), ("a weak one (W/...)", "^[Ww]/")
+"""ETags that no condition can name: what a message says of them, and what they look like."""
 
 _MODIFIED = re.compile(rb"<LastModified>([0-9T:.+Z-]+)</LastModified>")
 _URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^\0]*))?", re.IGNORECASE)
@@ -42,7 +55,7 @@ _URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,254})(?:/([^\0]*))?", re.I
 class S3Store(Store):
     """A bucket, or a prefix in it. Etag is S3's without the quotes, and so is the token of `put_if_match`."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, options: StorageConfig | None = None) -> None:
         """Parses `uri`; clients are made at the first request of each process.
 
         Raises:
@@ -58,22 +71,23 @@ class S3Store(Store):
         if self._prefix:
             check_key(self._prefix)
         self.uri = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self.options = options or StorageConfig()
+        self._reads, self._writes = _headers_of(self.options)
+        self._compares_etags = False
         self._lock = threading.Lock()
         self._made: tuple[Any, Any] | None = None
         self._quick_answered = False
         self._quick_failures = 0
 
-    def __reduce__(self) -> tuple[type[S3Store], tuple[str]]:
-        """The location alone: clients hold sockets, locks and credentials, which must not travel."""
-        return S3Store, (self.uri,)
+    def __reduce__(self) -> tuple[type[S3Store], tuple[str, StorageConfig]]:
+        """The location and its options: clients hold sockets, locks and credentials, which must not travel."""
+        return S3Store, (self.uri, self.options)
 
     def _clients(self) -> tuple[Any, Any]:
         """boto3's client, and obstore's or None where only boto3 can speak to this server."""
         with self._lock:
             if self._made is None:
-                client, credentials, path_style = _boto3_client()
-                quick = _obstore(self._bucket, client, credentials) if credentials and path_style else None
-                self._made = client, quick
+                self._made = make_clients(self._bucket, self.options)
             return self._made
 
     def _name(self, key: str) -> str:
@@ -84,19 +98,33 @@ class S3Store(Store):
         return attempts(lambda _: self._once(operation, **arguments), uri)
 
     def _once(self, operation: str, **arguments: Any) -> Any:
-        return getattr(self._clients()[0], operation)(Bucket=self._bucket, **arguments)
+        headers = self._writes if operation == "put_object" else self._reads
+        return getattr(self._clients()[0], operation)(Bucket=self._bucket, **headers, **arguments)
 
     def list(self, prefix: str = "") -> Iterator[pa.Table]:
         """See `Store.list`. Long listings are read as ranges of names, several at once.
 
         Raises:
             StorageError: the server does not list in byte order (directory buckets).
+            ServerLacksError: the server lists objects without ETags, or with weak ones.
         """
-        return RangeLister(self._page, self._listed(prefix), self._root).tables()
+        for table in RangeLister(self._page, self._listed(prefix), self._root).tables():
+            self._require_etags(table, NO_ETAG, WEAK_ETAG)
+            yield table
 
     def page_at(self, name: str, prefix: str) -> ListingPage:
-        """Return one page of the names that begin with `prefix`, from `name` on. Both are names in the bucket."""
-        return self._page({"Prefix": prefix, **start_at(name)})
+        """Return one page of the names that begin with `prefix`, from `name` on. Both are names in the bucket.
+
+        Where the server lists no ETags, they are empty.
+        """
+        page = self._page({"Prefix": prefix, **start_at(name)})
+        self._require_etags(page.table, WEAK_ETAG)
+        return page
+
+    def _require_etags(self, table: pa.Table, *refused: tuple[str, str]) -> None:
+        for kind, pattern in refused:
+            if pc.any(pc.match_substring_regex(table["etag"], pattern)).as_py():
+                raise _lacks_etag(self.uri, kind)
 
     def keys(self, prefix: str = "") -> list[str]:
         """See `Store.keys`.
@@ -153,7 +181,10 @@ class S3Store(Store):
 
         def fetch(attempt: int) -> bytes:
             data = self._get_quick(name, uri, if_match, max_bytes) if attempt == 1 else None
-            return self._get_slow(name, uri, if_match, max_bytes)[0] if data is None else data
+            if data is not None:
+                return data
+            found = self._get_slow(name, uri, if_match, max_bytes)
+            return decoded(found["Bytes"], found.get("ContentEncoding"), uri, max_bytes)
 
         return attempts(fetch, uri)
 
@@ -171,8 +202,10 @@ class S3Store(Store):
 
         try:
             found = obstore.get(quick, name, options={} if if_match is None else {"if_match": f'"{if_match}"'})
+            if if_match is not None and _bare(found.meta["e_tag"]) != if_match:
+                return None
             check_size(uri, found.meta["size"], max_bytes)
-            data = bytes(found.bytes())
+            data = decoded(bytes(found.bytes()), found.attributes.get("Content-Encoding"), uri, max_bytes)
         except (FileNotFoundError, exceptions.PreconditionError):
             self._quick_answered = True
             return None
@@ -186,25 +219,65 @@ class S3Store(Store):
         self._quick_answered = True
         return data
 
-    def _get_slow(self, name: str, uri: str, if_match: str | None, max_bytes: int | None) -> tuple[bytes, str]:
-        match = {} if if_match is None else {"IfMatch": f'"{if_match}"'}
-        found = self._once("get_object", Key=name, **match)
+    def _get_slow(self, name: str, uri: str, if_match: str | None, max_bytes: int | None) -> dict[str, Any]:
+        """boto3's answer with the body as `Bytes`.
+
+        Raises:
+            ChangedError: the etag of the answer is not `if_match`: some servers ignore the condition.
+            TooLargeError: the body is larger, and was not read.
+        """
+        found = self._open(name, if_match)
         body = found["Body"]
         try:
+            if if_match is not None and _bare(found.get("ETag")) != if_match:
+                raise changed(uri)
             check_size(uri, found["ContentLength"], max_bytes)
-            return body.read(), _bare(found["ETag"])
+            return found | {"Bytes": body.read()}
         finally:
             body.close()
+
+    def _open(self, name: str, if_match: str | None) -> dict[str, Any]:
+        """The answer to a GET of the version that `if_match` names.
+
+        Some servers refuse the If-Match of the very ETag that they tell. Then the condition is left out from now on,
+        because `_get_slow` compares the ETags itself.
+        """
+        from botocore.exceptions import ClientError
+
+        if if_match is None or self._compares_etags:
+            return self._once("get_object", Key=name)
+        try:
+            return self._once("get_object", Key=name, IfMatch=f'"{if_match}"')
+        except ClientError as error:
+            said: Any = error
+            refused = said.response["ResponseMetadata"].get("HTTPStatusCode") == 412
+            if not refused or _bare(self._once("head_object", Key=name).get("ETag")) != if_match:
+                raise
+        self._compares_etags = True
+        return self._once("get_object", Key=name)
 
     def get_versioned(self, key: str) -> tuple[bytes, str]:
         """See `Store.get_versioned`."""
         name, uri = self._name(key), self.uri_of(key)
-        return attempts(lambda _: self._get_slow(name, uri, None, None), uri)
+        found = attempts(lambda _: self._get_slow(name, uri, None, None), uri)
+        return found["Bytes"], _strong(found, self.uri)
 
     def head(self, key: str) -> ObjectInfo:
         """See `Store.head`."""
         found = self._ask("head_object", self.uri_of(key), Key=self._name(key))
-        return ObjectInfo(_bare(found["ETag"]), found["ContentLength"])
+        return ObjectInfo(_strong(found, self.uri), found["ContentLength"])
+
+    def check_etag(self, key: str) -> None:
+        """See `Store.check_etag`."""
+        name, uri = self._name(key), self.uri_of(key)
+        page = self._page({"Prefix": name, "MaxKeys": 1})
+        listed = {str(row["uri"]): str(row["etag"]) for row in page.table.to_pylist()}.get(uri)
+        answered = self.head(key).etag
+        if listed is not None and listed != answered:
+            raise ServerLacksError(
+                f"Expected the same ETag of {uri} in listings and in answers. Received: {listed[:80]!r} and "
+                f"{answered[:80]!r}. Next: {CONDITIONS_ADVICE}"
+            )
 
     def put(self, key: str, data: bytes) -> None:
         """See `Store.put`."""
@@ -227,19 +300,26 @@ class S3Store(Store):
         The trap: an attempt succeeds, its answer is lost, and the next attempt meets its own object. So after a second
         attempt a refusal is believed only if the stored bytes are not ours.
         """
-        name, tries = self._name(key), list[int]()
+        name, uri, tries = self._name(key), self.uri_of(key), list[int]()
 
-        def write(attempt: int) -> str:
+        def write(attempt: int) -> Any:
             tries.append(attempt)
-            return _bare(self._once("put_object", Key=name, Body=data, **condition)["ETag"])
+            return self._once("put_object", Key=name, Body=data, **condition)
 
         try:
-            return attempts(write, self.uri_of(key))
+            answer = attempts(write, uri)
         except ChangedError:
             if len(tries) == 1:
                 return None
             stored, etag = self.get_versioned(key)
             return etag if stored == data else None
+        except ServerLacksError as error:
+            header = "If-None-Match" if "IfNoneMatch" in condition else "If-Match"
+            raise ServerLacksError(
+                f"Expected a server with conditional writes for {self.uri}. Received: {header} is not implemented "
+                f"there. Next: {CONDITIONS_ADVICE}"
+            ) from error
+        return _strong(answer, self.uri)
 
     def get_to_file(self, key: str, path: Path) -> None:
         """See `Store.get_to_file`."""
@@ -288,80 +368,32 @@ class S3Store(Store):
         self._ask("list_objects_v2", self.uri, Prefix=self._prefix, MaxKeys=1)
 
 
-def _boto3_client() -> tuple[Any, Any, bool]:
-    """A client without retries of its own, the session's credentials or None, and whether it puts buckets in paths.
+def _headers_of(options: StorageConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """Arguments of boto3 for every request, and those for a PUT."""
+    payer = {} if options.request_payer is None else {"RequestPayer": options.request_payer}
+    named = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_kms_key_id}
+    return payer, payer | {name: value for name, value in named.items() if value is not None}
 
-    Servers other than AWS rarely have a DNS name for each bucket, so they get paths unless the profile says otherwise.
+
+def _bare(etag: str | None) -> str:
+    """The ETag without quotes and without the mark of a weak one."""
+    return (etag or "").removeprefix("W/").strip('"')
+
+
+def _strong(answer: Any, uri: str) -> str:
+    """The bare ETag of an answer, which conditions can name.
+
+    Raises:
+        ServerLacksError: there is none, or a weak one, which If-Match never matches (RFC 9110, 13.1.1).
     """
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
+    etag = str(answer.get("ETag") or "").strip('"')
+    for kind, pattern in (NO_ETAG, WEAK_ETAG):
+        if re.match(pattern, etag):
+            raise _lacks_etag(uri, kind)
+    return etag
 
-    config: Any = Config(
-        max_pool_connections=CONNECTIONS,
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"total_max_attempts": 1},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+
+def _lacks_etag(uri: str, kind: str) -> ServerLacksError:
+    return ServerLacksError(
+        f"Expected a strong ETag from the server of {uri}. Received: {kind}. Next: {CONDITIONS_ADVICE}"
     )
-    try:
-        session: Any = boto3.Session()
-        client: Any = session.client("s3", config=config)
-        options: Any = client.meta.config.s3
-        configured: str | None = options.get("addressing_style") if options else None
-        if configured is None and "amazonaws.com" not in client.meta.endpoint_url:
-            client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "path"})))
-        # With the wildcard it comes before botocore's own `before-parse.s3.*`, which would parse the whole page.
-        client.meta.events.register_first("before-parse.*.ListObjectsV2", _keep_page)
-        return client, session.get_credentials(), configured in (None, "auto", "path")
-    except BotoCoreError as error:
-        raise error_of_s3(error, "S3") from error
-    except ValueError as error:  # an endpoint that is no URL
-        raise ConfigError(
-            "Expected AWS settings that make an S3 client. Received: an invalid endpoint or region. "
-            "Next: check AWS_ENDPOINT_URL and ~/.aws/config."
-        ) from error
-
-
-def _obstore(bucket: str, client: Any, credentials: Any) -> Any:
-    """obstore's client for the same server, region and credentials; it never retries, `attempts` does."""
-    from obstore.store import S3Store as Quick
-
-    def frozen() -> dict[str, Any]:
-        now = credentials.get_frozen_credentials()
-        expires_at = datetime.now(UTC) + CREDENTIALS_TTL
-        keys = {"access_key_id": now.access_key, "secret_access_key": now.secret_key, "token": now.token}
-        return keys | {"expires_at": expires_at}
-
-    region = client.meta.region_name
-    make: Any = Quick
-    return make(
-        bucket,
-        endpoint=client.meta.endpoint_url,
-        region="us-east-1" if region in (None, "aws-global") else region,
-        virtual_hosted_style_request=False,
-        client_options={
-            "allow_http": True,
-            "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-            "read_timeout": timedelta(seconds=READ_TIMEOUT_S),
-            "timeout": timedelta(seconds=10 * READ_TIMEOUT_S),
-        },
-        retry_config={"max_retries": 0},
-        credential_provider=frozen,
-    )
-
-
-def _keep_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """Takes a listing page out of botocore's hands, whose parser takes 50 ms for it, and leaves it an empty one.
-
-    The answer holds the XML as `Page`. An error in a 200 answer stays: botocore knows those.
-    """
-    body = response_dict["body"]
-    if response_dict["status_code"] == 200 and b"<Error" not in body[:500]:
-        customized_response_dict["Page"] = body
-        response_dict["body"] = b"<ListBucketResult/>"
-
-
-def _bare(etag: str) -> str:
-    return etag.strip('"')

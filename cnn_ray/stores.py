@@ -6,6 +6,7 @@ import functools
 import threading
 
 from cnn_ray.storage import Store, open_store, split_uri
+from cnn_ray.storage_options import storage_options
 
 
 class Stores:
@@ -42,7 +43,11 @@ class Stores:
             return self._buckets[bucket]
 
 
-@functools.lru_cache(maxsize=8)
 def stores_of(root_uri: str, *, follow_symlinks: bool = False) -> Stores:
     """Return the stores of a job whose uris start at `root_uri`: the same ones at every call in this process."""
+    return _stores_of(root_uri, follow_symlinks, storage_options().model_dump_json())
+
+
+@functools.lru_cache(maxsize=8)
+def _stores_of(root_uri: str, follow_symlinks: bool, _options: str) -> Stores:
     return Stores(open_store(root_uri, follow_symlinks=follow_symlinks), follow_symlinks=follow_symlinks)

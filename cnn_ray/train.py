@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnn_ray.config import TrainConfig, build_config
+from cnn_ray.config import StorageConfig, TrainConfig, build_config
 from cnn_ray.dataset import LabelledSet, absolute_uri, describe_set, read_labelled_set, sample_images, write_split
 from cnn_ray.errors import ConfigError, DataError, NotFoundError
 from cnn_ray.guards import Finding, check_config, check_model, raise_errors
@@ -28,6 +28,7 @@ from cnn_ray.model import check_definition, input_size_px
 from cnn_ray.predictor import cpu_count
 from cnn_ray.ray_session import connected
 from cnn_ray.storage import open_store
+from cnn_ray.storage_options import use_storage_options
 from cnn_ray.train_ray import fit
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,10 @@ OnEpoch = Callable[[dict[str, Any]], None]
 OnFinding = Callable[[Finding], None]
 
 HARMLESS = frozenset(
-    ("num_workers", "min_workers", "use_gpu", "max_failures", "collective_timeout_s", "cache_bytes", "allow")
+    (
+        *("num_workers", "min_workers", "use_gpu", "max_failures", "collective_timeout_s", "cache_bytes", "allow"),
+        *StorageConfig.model_fields,
+    )
 )
 """Fields that decide how a run is computed but not what comes of it: a resumed run may change them."""
 SAMPLE_IMAGES = 64
@@ -89,6 +93,7 @@ def run_training(
     """
     from cnn_ray.train_worker import SPLIT, TrainJob
 
+    use_storage_options(config)
     config, labelled, findings = _checked(config, on_data)
     run_name = _run_name(config, labelled)
     job = TrainJob(config, labelled, f"{config.runs_uri.rstrip('/')}/{run_name}", tuple(findings))
@@ -145,6 +150,7 @@ def dry_run(config: TrainConfig) -> Rehearsal:
 
     from cnn_ray.model import build_classifier
 
+    use_storage_options(config)
     config, labelled, findings = _checked(config)
     model = build_classifier(config.model, len(labelled.labels), seed=config.seed)
     images = sample_images(labelled, "train", SAMPLE_IMAGES, input_size_px(config.model))
@@ -164,6 +170,8 @@ def resumed_config(run_uri: str, config_file: str | None, flags: Mapping[str, An
     Raises:
         ConfigError: no such run, it is finished, or a flag would change what comes of it.
     """
+    asked = {name: value for name in StorageConfig.model_fields if (value := flags.get(name)) is not None}
+    use_storage_options(build_config(StorageConfig, asked, source="the flags"))
     store = open_store(run_uri)
     given = sorted(name for name, value in flags.items() if value is not None and name not in HARMLESS)
     if config_file is not None or given:

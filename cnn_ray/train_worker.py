@@ -26,6 +26,7 @@ from cnn_ray.guards import Finding, check_model, raise_errors
 from cnn_ray.losses import class_weights, image_losses
 from cnn_ray.redaction import redacted
 from cnn_ray.storage import open_store
+from cnn_ray.storage_options import use_storage_options
 
 if TYPE_CHECKING:
     import keras
@@ -70,6 +71,7 @@ def run_worker(settings: dict[str, TrainJob]) -> WorkerOutcome | None:
     An error that a restart may mend is raised, and Ray restarts the group from the last checkpoint. The others are
     returned, or Ray would run into them `max_failures` times more.
     """
+    use_storage_options(settings["job"].config)
     try:
         return _train_and_publish(settings["job"])
     except CnnRayError as error:

@@ -595,3 +595,20 @@ def test_s3_settings_of_a_profile(monkeypatch: pytest.MonkeyPatch, s3_uri: str, 
     monkeypatch.setenv("AWS_PROFILE", "unknown")
     with pytest.raises(errors.CredentialsError):
         open_store(s3_uri).get("x")
+
+
+def _oserrors_of_clients() -> list[type[Exception]]:
+    from botocore import exceptions
+    from urllib3 import exceptions as of_urllib3
+
+    found = [k for module in (exceptions, of_urllib3) for k in vars(module).values() if isinstance(k, type)]
+    return [k for k in found if issubclass(k, OSError) and issubclass(k, exceptions.BotoCoreError)]
+
+
+@pytest.mark.parametrize("kind", _oserrors_of_clients(), ids=lambda kind: kind.__name__)
+def test_s3_time_outs_are_no_failures_of_a_disk(kind: type[Exception]) -> None:
+    """They are OSErrors in botocore."""
+    made = kind(endpoint_url="http://x", error="m", proxy_url="p")
+    explained = storage_retry.error_of_s3(made, "s3://bucket/x")
+    assert type(explained) is errors.UnavailableError
+    assert explained.retryable

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -194,6 +195,35 @@ def test_a_check_that_hangs_or_breaks_is_a_finding():
     assert "no answer" in findings[0].said
 
 
+@pytest.mark.parametrize("habit", ["accepts and never answers", "refuses"])
+def test_the_prompt_comes_back_when_storage_does_not_answer(habit, tmp_path):
+    """Pools of threads that a check has started are waited for by Python; the doctor leaves without them."""
+    hole = socket.socket()
+    hole.bind(("127.0.0.1", 0))
+    if habit != "refuses":
+        hole.listen(64)
+    path = tmp_path / "score.yaml"
+    path.write_text(
+        "model: m@1\nmodels_uri: s3://bucket/models\ninput_uri: s3://bucket/in\noutput_uri: s3://bucket/out\n"
+    )
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{hole.getsockname()[1]}",
+        "AWS_ACCESS_KEY_ID": "t",
+        "AWS_SECRET_ACCESS_KEY": "t",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    start = time.monotonic()
+    code, findings, stderr = run_doctor("--config", path, **environment)
+    seconds = time.monotonic() - start
+    hole.close()
+    assert code == 2, stderr
+    said = {f["check"]: f["said"] for f in findings if f["level"] == "error"}
+    expected = "EndpointConnectionError" if habit == "refuses" else "no answer in 15 s"
+    for check in ("input", "output", "model"):
+        assert expected in said[check], findings
+    assert seconds < doctor.DEADLINE_S + 15  # its own start and imports on a busy machine
+
+
 def test_a_kind_of_file_is_told_by_its_keys(tmp_path):
     root = Path(__file__).parents[2]
 
@@ -223,9 +253,10 @@ def test_the_times_of_a_night_agree(changes, level):
     assert doctor.night_finding(NightlyConfig(score=score, **changes)).level == level
 
 
-def run_doctor(*arguments):
+def run_doctor(*arguments, **environment):
     command = [sys.executable, "-m", "cnn_ray.cli", "doctor", "--json", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     return done.returncode, json.loads(done.stdout or "[]"), done.stderr
 
 

@@ -23,7 +23,7 @@ def test_every_field_of_every_job_has_a_row_with_its_meaning():
     documented = {kind for _, kind in config_reference.JOBS}
     for kind in list(documented):
         documented |= set(config_reference._nested_kinds(kind))
-    bases = {config.Config, config.ModelConfig, config.LabelledScoresConfig}
+    bases = {config.Config, config.StorageConfig, config.ModelConfig, config.LabelledScoresConfig}
     classes = {k for _, k in inspect.getmembers(config, inspect.isclass) if issubclass(k, config.Config)}
     assert classes - bases == documented
     for kind in documented:
