@@ -14,6 +14,7 @@ Domain: no clock, network, Ray or TensorFlow.
     protocol.py       TensorFlow Serving's REST: routes, answers, statuses
     encoded_bodies.py gzip and deflate bodies, bounded
     infer_bodies.py   the infer bodies of the Open Inference Protocol: JSON and binary tensors
+    triton_extensions.py what Triton's own clients ask for beyond it: classes, configuration, index, statistics
     open_inference.py the Open Inference Protocol v2: routes and answers
 
 Bytes in, bytes out.
@@ -124,6 +125,7 @@ Jobs.
     page_files.py     the page at / as it is sent
     auth.py           API keys: a file of hashes, and whose key a request brought
     endpoint_metrics.py what the endpoint counts, added up over replicas, for Prometheus
+    model_counts.py   what was counted of each model version, read back from the metrics
     log_stream.py     the log of all processes of an endpoint on one standard error
     access_log.py     one line of JSON per request
     batcher.py        rows of many requests -> calls of the model

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +17,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from cnn_ray import image_bodies, open_inference, protocol
+from cnn_ray import image_bodies, open_inference, protocol, triton_extensions
 from cnn_ray.batcher import Pixels, Scores
 from cnn_ray.config import ServeConfig
 from cnn_ray.errors import ArtifactError, CnnRayError
 from cnn_ray.explain import Occlusion, drawn_size, overlay_png
 from cnn_ray.images import DecodedImage
+from cnn_ray.model_counts import read_counts
 from cnn_ray.records import RowFailure
 from cnn_ray.served_models import ImageDecoder, ServedModel, ServedModels
 
@@ -62,6 +63,14 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Figures:
+    """What was counted: the metrics of all replicas as text, and when this replica last answered with a version."""
+
+    metrics_text: Callable[[], Awaitable[bytes]]
+    last_ms: Mapping[tuple[str, int], int]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One HTTP response."""
 
@@ -74,10 +83,11 @@ class Answer:
 class Answers:
     """Answers of the configured models; for use in one event loop."""
 
-    def __init__(self, config: ServeConfig, models: ServedModels, decoder: ImageDecoder) -> None:
+    def __init__(self, config: ServeConfig, models: ServedModels, decoder: ImageDecoder, figures: Figures) -> None:
         self._config = config
         self._models = models
         self._decoder = decoder
+        self._figures = figures
         self._explaining = asyncio.Semaphore(1)
         self._parsers = ThreadPoolExecutor(MOST_PARSING, thread_name_prefix="parse")
         self._images = 0
@@ -137,6 +147,12 @@ class Answers:
             return Answer(200, open_inference.build_health(route.action))
         if route.action == "server_metadata":
             return Answer(200, open_inference.build_server_metadata())
+        if route.action == "server_statistics":
+            return await self._statistics(self._loaded_of(None))
+        if route.action == "repository_index":
+            return await self._index(call)
+        if route.action == "repository_control":
+            raise triton_extensions.refuse_control(call.path.rpartition("/")[2])
         if route.action != "infer":
             return await self._model_description(call, route)
         model = await self._version(call, route.name, route.version)
@@ -191,9 +207,43 @@ class Answers:
         call.model, call.version = artifact.name, artifact.version
         if route.action == "model_ready":
             return Answer(200, open_inference.build_model_ready(artifact.name))
+        if route.action == "model_config":
+            most = self._config.max_instances
+            return Answer(200, triton_extensions.build_config(artifact.name, artifact.labels, artifact.size_px, most))
+        if route.action == "model_statistics":
+            own = {(artifact.name, artifact.version)}
+            return await self._statistics(own if route.version is not None else own | self._loaded_of(route.name))
         versions = sorted({artifact.version} | self._loaded_versions(route.name))
         body = open_inference.build_model_metadata(artifact.name, versions, artifact.labels, artifact.size_px)
         return Answer(200, body)
+
+    async def _statistics(self, versions: set[tuple[str, int]]) -> Answer:
+        """Return what all replicas counted of the versions; when each last answered is of this replica alone."""
+        text = await self._figures.metrics_text()
+        counts = await asyncio.get_running_loop().run_in_executor(None, read_counts, text)
+        return Answer(200, triton_extensions.build_statistics(sorted(versions), counts, self._figures.last_ms))
+
+    async def _index(self, call: Call) -> Answer:
+        """Return every version of the configured models: those in memory, and unless only those are asked for, the
+        ones that cannot be loaded and the ones that a request would load."""
+        only_ready = await self._parse(call, lambda: triton_extensions.parse_index(call.body))
+        loaded = self._loaded_of(None)
+        entries: list[tuple[str, int, triton_extensions.State, str]] = []
+        for name in sorted(self._models.names):
+            failures = self._failures(name)
+            stored = frozenset[int]() if only_ready else await self._models.versions(name)
+            for version in sorted(stored | self._loaded_versions(name) | (set() if only_ready else set(failures))):
+                if (name, version) in loaded:
+                    entries.append((name, version, "READY", ""))
+                else:
+                    reason = failures.get(version, triton_extensions.NOT_IN_MEMORY)
+                    entries.append((name, version, "UNAVAILABLE", reason))
+        return Answer(200, triton_extensions.build_index(entries))
+
+    def _loaded_of(self, name: str | None) -> set[tuple[str, int]]:
+        """Return (model, version) of all in memory, or of one model's."""
+        keys = {(model.artifact.name, model.artifact.version) for model in self._models.loaded}
+        return {key for key in keys if name in (None, key[0])}
 
     def _failures(self, name: str) -> dict[int, str]:
         """Return the model's versions that an alias means and that cannot be loaded, with a reason for clients: what a

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from cnn_ray import open_inference, protocol
 from cnn_ray.access_log import AccessEntry, log_access, open_access_log, request_id
-from cnn_ray.answers import Answer, Answers, Call
+from cnn_ray.answers import Answer, Answers, Call, Figures
 from cnn_ray.auth import KeyRing, is_local_request
 from cnn_ray.config import ServeConfig
 from cnn_ray.encoded_bodies import ACCEPTED, encoding_of, inflate
@@ -64,7 +64,8 @@ class Endpoint:
         caps = ImageCaps(max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
         self._decoder = ImageDecoder(caps, observe=self.metrics.decoded)
         self._metrics_text = metrics_text or self._own_metrics_text
-        self._answers = Answers(config, self.models, self._decoder)
+        figures = Figures(self._metrics_text, self.metrics.last_ms)
+        self._answers = Answers(config, self.models, self._decoder, figures)
         self._working = 0
         self._body_bytes = 0
         self._openapi: bytes | None = None

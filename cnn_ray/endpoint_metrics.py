@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -21,10 +21,13 @@ ACTIONS = frozenset(
     (
         *("predict", "classify", "explain", "status", "metadata"),
         *("infer", "server_metadata", "model_metadata", "model_ready", "health"),
+        *("model_config", "model_statistics", "server_statistics", "repository_index", "repository_control"),
         *("metrics", "page", "openapi"),
     )
 )
 """Values of the label `action`; anything else is counted as other, so that no client invents time series."""
+INFERENCES = frozenset(("predict", "classify", "explain", "infer"))
+"""Of these, the ones that a model answers."""
 MAX_VERSIONS = 500
 """Model versions that get time series of their own in one process; later ones are counted without model and version."""
 LIVE_S = 15.0
@@ -47,7 +50,7 @@ class Family:
     name: str
     help: str
     kind: str
-    """counter, gauge or histogram."""
+    """counter, gauge, histogram or summary."""
     samples: tuple[tuple[Key, float], ...]
 
 
@@ -62,6 +65,7 @@ class EndpointMetrics:
         """All counts zero, in a registry of its own: nothing else of the process is in it."""
         self._registry = registry = CollectorRegistry()
         self._versions: set[tuple[str, str]] = set()
+        self._last_ms: dict[tuple[str, int], int] = {}
         self._requests = Counter(
             "cnn_ray_requests",
             "Requests answered, by status code; model and version where one was loaded for it.",
@@ -87,6 +91,7 @@ class EndpointMetrics:
         self._rejected = Counter(
             "cnn_ray_rejected", "Requests refused to protect the endpoint.", ("reason",), registry=registry
         )
+        self._count_by_model(registry)
         self._queue = Gauge("cnn_ray_queue", "Images waiting for the model.", registry=registry)
         self._in_flight = Gauge("cnn_ray_in_flight", "Requests being answered.", registry=registry)
         self._loaded_models = Gauge("cnn_ray_loaded_models", "Model versions in memory.", registry=registry)
@@ -97,6 +102,17 @@ class EndpointMetrics:
             ("model", "version"),
             registry=registry,
         )
+
+    def _count_by_model(self, registry: CollectorRegistry) -> None:
+        model = ("model", "version")
+        self._model_requests = Summary(
+            "cnn_ray_model_request_seconds",
+            "Time of requests that a model answered (success), or that failed after one was found (fail).",
+            (*model, "outcome"),
+            registry=registry,
+        )
+        self._model_images = Counter("cnn_ray_model_images", "Images that a model scored.", model, registry=registry)
+        self._model_calls = Summary("cnn_ray_model_call_seconds", "Time per call of a model.", model, registry=registry)
 
     def started(self) -> None:
         """One more request is being answered."""
@@ -111,11 +127,22 @@ class EndpointMetrics:
             served = ("", "")
         self._requests.labels(shown, str(code), *served).inc()
         self._request_seconds.labels(shown).observe(seconds)
+        if action in INFERENCES and version is not None and served[0]:
+            self._model_requests.labels(*served, "success" if code == 200 else "fail").observe(seconds)
+            self._last_ms[model, version] = time.time_ns() // 1_000_000
 
-    def predicted(self, images: int, seconds: float) -> None:
-        """The model was called once, with that many images."""
+    def predicted(self, images: int, seconds: float, model: str = "", version: int | None = None) -> None:
+        """The model was called once, with that many images; a version that was called has been loaded."""
         self._batch_size.observe(images)
         self._predict_seconds.observe(seconds)
+        if version is not None and self._is_counted((model, str(version))):
+            self._model_images.labels(model, str(version)).inc(images)
+            self._model_calls.labels(model, str(version)).observe(seconds)
+
+    @property
+    def last_ms(self) -> dict[tuple[str, int], int]:
+        """When this replica last answered with (model, version), in milliseconds since 1970."""
+        return self._last_ms
 
     def decoded(self, seconds: float) -> None:
         """One image was decoded."""
@@ -134,8 +161,13 @@ class EndpointMetrics:
         pairs = {(model, str(version)) for model, version in versions}
         self._loaded_models.set(len(pairs))
         for pair in sorted(pairs - self._versions):
-            if len(self._versions) < MAX_VERSIONS:
-                self._versions.add(pair)
+            self._is_counted(pair)
+
+    def _is_counted(self, served: tuple[str, str]) -> bool:
+        """Return whether the version has time series of its own; it gets them while there is room."""
+        if served not in self._versions and len(self._versions) < MAX_VERSIONS:
+            self._versions.add(served)
+        return served in self._versions
 
     def failed(self, versions: Iterable[tuple[str, int]]) -> None:
         """An alias means these (model, version), and they cannot be loaded."""

@@ -26,19 +26,21 @@ from cnn_ray.request_errors import RequestError
 
 OUTPUTS = ("label", "scores")
 
-_REFUSED_PARAMETERS = ("shared_memory_region", "classification")
+_REFUSED_PARAMETERS = ("shared_memory_region",)
 
 
 @dataclass(frozen=True, slots=True)
 class InferRequest:
     """A parsed infer body. `inputs` are encoded images or uint8 [N, H, W, 3].
 
-    `outputs` are the names to answer, in order, each with whether it is to be a binary tensor.
+    `outputs` are the names to answer, in order, each with whether it is to be a binary tensor. `classes` is how many of
+    the best classes to answer in place of the scores; 0: the scores themselves.
     """
 
     inputs: tuple[bytes, ...] | npt.NDArray[np.uint8]
     id: str | None = None
     outputs: tuple[tuple[str, bool], ...] = tuple((name, False) for name in OUTPUTS)
+    classes: int = 0
 
 
 def parse_infer(
@@ -64,16 +66,16 @@ def parse_infer(
     request_id: object = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise RequestError("Expected 'id' as a string.")
-    outputs = _outputs(document)
+    outputs, classes = _outputs(document)
     shape = _shape(tensor)
     if not 1 <= shape[0] <= max_instances:
         raise RequestError(f"Expected 1 to {max_instances} instances. Received: {shape[0]}. Next: split them.")
     raw = _binary(tensor, memoryview(body)[length:])
     name: object = tensor.get("name")
     if name == "image":
-        return InferRequest(_images(tensor, shape, raw), request_id, outputs)
+        return InferRequest(_images(tensor, shape, raw), request_id, outputs, classes)
     if name == "pixels":
-        return InferRequest(_pixels(tensor, shape, raw, size_px), request_id, outputs)
+        return InferRequest(_pixels(tensor, shape, raw, size_px), request_id, outputs, classes)
     raise RequestError(f"unexpected inference input '{shown(str(name))}': expected 'image' or 'pixels'")
 
 
@@ -111,7 +113,8 @@ def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _outputs(document: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
+def _outputs(document: dict[str, Any]) -> tuple[tuple[tuple[str, bool], ...], int]:
+    """Return the outputs to answer, and how many classes of the scores."""
     binary = _flag(_parameters(document), "binary_data_output", False)
     wanted: object = document.get("outputs")
     if wanted is None:
@@ -119,6 +122,7 @@ def _outputs(document: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
     if not isinstance(wanted, list):
         raise RequestError("Expected 'outputs' as a list.")
     outputs: dict[str, bool] = {}
+    classes = 0
     for item in cast("list[object]", wanted)[: len(OUTPUTS) + 1]:
         output = _object(item, "an output")
         name: object = output.get("name")
@@ -126,8 +130,22 @@ def _outputs(document: dict[str, Any]) -> tuple[tuple[str, bool], ...]:
             raise RequestError(
                 f"unexpected inference output '{shown(str(name))}': expected 'label' and 'scores' at most"
             )
-        outputs[str(name)] = _flag(_parameters(output), "binary_data", binary)
-    return tuple(outputs.items()) or tuple((name, binary) for name in OUTPUTS)
+        parameters = _parameters(output)
+        outputs[str(name)] = _flag(parameters, "binary_data", binary)
+        classes = _classes(parameters, str(name)) or classes
+    return tuple(outputs.items()) or tuple((name, binary) for name in OUTPUTS), classes
+
+
+def _classes(parameters: dict[str, Any], output: str) -> int:
+    """Return how many classes are asked for, 0 for none."""
+    count: object = parameters.get("classification")
+    if count is None:
+        return 0
+    if type(count) is not int or count < 0:
+        raise RequestError("Expected the parameter 'classification' as a whole number, 0 or more.")
+    if count and output != "scores":
+        raise RequestError(f"Expected the parameter 'classification' of 'scores' only. Received: of '{output}'.")
+    return count
 
 
 def _shape(tensor: dict[str, Any]) -> list[int]:

@@ -5,7 +5,8 @@ Follows kserve/open-inference-protocol's inference_rest.md and Triton's extensio
 hold is in `cnn_ray.infer_bodies`; the answer has both or one of
 
     label    BYTES [N]      the class with the best score
-    scores   FP32 [N, C]    in the order of the labels, which the model's metadata names
+    scores   FP32 [N, C]    in the order of the labels, which the model's metadata names; with the parameter
+                            `classification: K` BYTES [N, K], the best classes as "score:index:label"
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cnn_ray import __version__, json_bodies
 from cnn_ray.infer_bodies import InferRequest, parse_infer
 from cnn_ray.json_bodies import shown
 from cnn_ray.request_errors import MethodError, UnknownModelError
+from cnn_ray.triton_extensions import EXTENSIONS, classified
 
 __all__ = [
     "Action",
@@ -40,16 +42,34 @@ __all__ = [
 ]
 """The whole of the protocol in one name; the bodies of requests have a module of their own."""
 
-Action = Literal["live", "ready", "server_metadata", "model_metadata", "model_ready", "infer"]
+Action = Literal[
+    "live",
+    "ready",
+    "server_metadata",
+    "server_statistics",
+    "model_metadata",
+    "model_ready",
+    "model_config",
+    "model_statistics",
+    "infer",
+    "repository_index",
+    "repository_control",
+]
 
 _PATHS: tuple[tuple[re.Pattern[str], Action], ...] = (
     (re.compile(r"/v2/health/live"), "live"),
     (re.compile(r"/v2/health/ready"), "ready"),
     (re.compile(r"/v2/?"), "server_metadata"),
+    (re.compile(r"/v2/models/stats"), "server_statistics"),
+    (re.compile(r"/v2/repository/index"), "repository_index"),
+    (re.compile(r"/v2/repository/models/([^/]+)/(?:load|unload)"), "repository_control"),
     (re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?"), "model_metadata"),
     (re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/ready"), "model_ready"),
+    (re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/config"), "model_config"),
+    (re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/stats"), "model_statistics"),
     (re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer"), "infer"),
 )
+_POSTED = ("infer", "repository_index", "repository_control")
 _MAX_VERSION = 2**63 - 1
 
 
@@ -73,14 +93,14 @@ def parse_route(method: str, path: str) -> Route:
         match = pattern.fullmatch(path)
         if match is None:
             continue
-        allowed = ("POST",) if action == "infer" else ("GET", "HEAD")
+        allowed = ("POST",) if action in _POSTED else ("GET", "HEAD")
         if method not in allowed:
             error = MethodError(f"Expected {' or '.join(allowed)} for {shown(path)}. Received: {shown(method)}.")
             error.allow = ", ".join(allowed)
             raise error
         if not pattern.groups:
             return Route(action)
-        name, version = unquote(match[1]), match[2]
+        name, version = unquote(match[1]), match[2] if pattern.groups > 1 else None
         if version is None:
             return Route(action, name)
         if not re.fullmatch(r"[0-9]{1,19}", version) or int(version) > _MAX_VERSION:
@@ -104,9 +124,14 @@ def build_infer(
     tail: list[bytes] = []
     for output, binary in request.outputs:
         if output == "label":
-            texts = [labels[int(best)] for best in scores.argmax(axis=1)]
+            texts = [labels[int(index)] for index in scores.argmax(axis=1)]
             tensor: dict[str, object] = {"name": output, "datatype": "BYTES", "shape": [len(texts)]}
             values, packed = texts, _packed(texts)
+        elif request.classes:
+            best = classified(scores, labels, request.classes)
+            tensor = {"name": output, "datatype": "BYTES", "shape": [len(best), len(best[0])]}
+            values = [text for row in best for text in row]
+            packed = _packed(values)
         else:
             tensor = {"name": output, "datatype": "FP32", "shape": list(scores.shape)}
             values, packed = scores.astype(np.float64).ravel().tolist(), scores.astype("<f4").tobytes()
@@ -130,7 +155,7 @@ def build_health(action: Action) -> bytes:
 
 def build_server_metadata() -> bytes:
     """The JSON answer that describes this server."""
-    return json_bodies.build({"name": "cnn_ray", "version": __version__, "extensions": ["binary_tensor_data"]})
+    return json_bodies.build({"name": "cnn_ray", "version": __version__, "extensions": list(EXTENSIONS)})
 
 
 def build_model_ready(name: str, *, ready: bool = True) -> bytes:

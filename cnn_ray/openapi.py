@@ -124,8 +124,16 @@ def _get(summary: str, content: Json, *, is_open: bool = False) -> Json:
     return {"get": {"summary": summary, "responses": _ok(content), "is_open": is_open}}
 
 
-def _post(summary: str, body: Json, content: Json) -> Json:
-    return {"post": {"summary": summary, "requestBody": {"required": True, "content": body}, "responses": _ok(content)}}
+def _post(summary: str, body: Json, content: Json, *, required: bool = True) -> Json:
+    return {
+        "post": {"summary": summary, "requestBody": {"required": required, "content": body}, "responses": _ok(content)}
+    }
+
+
+def _refused(summary: str) -> Json:
+    """A request that is understood and never granted: there is no answer but an error."""
+    body: Json = {"application/json": {"schema": {"type": "object"}}}
+    return {"post": {"summary": summary, "requestBody": {"content": body}, "responses": {}}}
 
 
 def _with_parameters(item: Json, *names: str) -> Json:
@@ -176,7 +184,14 @@ def _infer_paths(config: ServeConfig) -> dict[str, Json]:
         "/v2": _get("The server.", _json("ServerMetadata")),
         "/v2/health/live": _get("Whether the server runs.", _json("Live"), is_open=True),
         "/v2/health/ready": _get("Whether all models are loaded.", _json("Ready"), is_open=True),
+        "/v2/models/stats": _get("What was counted of the models in memory.", _json("ModelStatistics")),
+        "/v2/repository/index": _post(
+            "All versions of the models.", _json("Index"), _json("RepositoryIndex"), required=False
+        ),
     }
+    for action in ("load", "unload"):
+        item = _refused(f"Refused: models are not {action}ed over HTTP.")
+        paths[f"/v2/repository/models/{{name}}/{action}"] = _with_parameters(item, "name")
     length: Json = {
         "name": "Inference-Header-Content-Length",
         "in": "header",
@@ -191,6 +206,8 @@ def _infer_paths(config: ServeConfig) -> dict[str, Json]:
         operations = {
             model: _get("Inputs and outputs of the model.", _json("ModelMetadata")),
             f"{model}/ready": _get("Whether the model is loaded.", _json("ModelReady")),
+            f"{model}/config": _get("Configuration of the model, as Triton writes it.", _json("ModelConfig")),
+            f"{model}/stats": _get("What was counted of the model.", _json("ModelStatistics")),
             f"{model}/infer": infer,
         }
         paths.update({path: _with_parameters(item, *parameters) for path, item in operations.items()})

@@ -24,6 +24,7 @@ def build_schemas(max_instances: int) -> Json:
         **_rest_answers(),
         **_infer_requests(max_instances),
         **_infer_answers(),
+        **_triton_schemas(),
     }
 
 
@@ -150,15 +151,18 @@ def _infer_requests(most: int) -> Json:
         data={"type": "array", "description": "Flat, or nested as the shape says.", "minItems": 3},
         parameters={"type": "object", "maxProperties": 0},
     )
-    flags = _object(binary_data={"type": "boolean"}, closed=True)
-    output = _object(["name"], name={"enum": ["label", "scores"]}, parameters=flags)
+    flag: Json = {"type": "boolean"}
+    classes: Json = {"type": "integer", "minimum": 0, "description": "So many of the best classes, as text."}
+    label = _object(["name"], name={"const": "label"}, parameters=_object(binary_data=flag, closed=True))
+    of_scores = _object(binary_data=flag, classification=classes, closed=True)
+    scores = _object(["name"], name={"const": "scores"}, parameters=of_scores)
     return {
         "Infer": _object(
             ["inputs"],
             id=_TEXT,
             inputs=_list(_one_of(image, pixels), 1, 1),
-            outputs={**_list(output, 0, 2), "description": "Each name once."},
-            parameters=_object(binary_data_output={"type": "boolean"}, closed=True),
+            outputs={**_list(_one_of(label, scores), 0, 2), "description": "Each name once."},
+            parameters=_object(binary_data_output=flag, closed=True),
         )
     }
 
@@ -194,5 +198,36 @@ def _infer_answers() -> Json:
             inputs=described,
             outputs=described,
             parameters={"type": "object", "additionalProperties": _TEXT},
+        ),
+    }
+
+
+def _triton_schemas() -> Json:
+    number: Json = {"type": "integer", "minimum": 0}
+    duration = _closed(count=number, ns=number)
+    kinds = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+    statistics = _closed(
+        name=_TEXT,
+        version=_TEXT,
+        last_inference=number,
+        inference_count=number,
+        execution_count=number,
+        inference_stats=_closed(**dict.fromkeys(kinds, duration)),
+        batch_stats=_list(_object()),
+    )
+    state: Json = {"enum": ["READY", "UNAVAILABLE"]}
+    dims = _list({"type": "integer", "minimum": 1})
+    output = _object(["name", "data_type", "dims"], name=_TEXT, data_type=_TEXT, dims=dims)
+    return {
+        "Index": _object(ready={"type": ["boolean", "null"]}),
+        "RepositoryIndex": _list(_closed(name=_TEXT, version=_TEXT, state=state, reason=_TEXT)),
+        "ModelStatistics": _closed(model_stats=_list(statistics)),
+        "ModelConfig": _closed(
+            name=_TEXT,
+            platform=_TEXT,
+            backend=_TEXT,
+            max_batch_size={"type": "integer", "minimum": 1},
+            input=_list({**output, "description": "A request has one of them."}, 1),
+            output=_list(output, 1),
         ),
     }

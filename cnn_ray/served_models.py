@@ -99,8 +99,8 @@ class _Failure:
 class ServedModels:
     """The versions of one replica; for use in one event loop, after `load`."""
 
-    def __init__(self, config: ServeConfig, observe: Callable[[int, float], None]) -> None:
-        """`observe` is told of each call of a model: its rows and seconds."""
+    def __init__(self, config: ServeConfig, observe: Callable[[int, float, str, int], None]) -> None:
+        """`observe` is told of each call of a model: its rows and seconds, its name and version."""
         self._config = config
         self._observe = observe
         self._configured = dict(split_reference(reference) for reference in (config.model, *config.also))
@@ -324,7 +324,7 @@ class ServedModels:
             max_batch_size=1 if predictor.engine == "openvino" else config.max_batch_size,
             concurrency=predictor.concurrency,
             wait_s=config.batch_wait_timeout_s,
-            observe=self._observe,
+            observe=lambda rows, seconds: self._observe(rows, seconds, name, version),
         )
         model = ServedModel(artifact, predictor, batcher)
         if max(artifact.size_px) > LARGEST_INPUT_PX:

@@ -12,6 +12,7 @@ import pytest
 from cnn_ray import __version__, open_inference
 from cnn_ray.open_inference import InferRequest, Route
 from cnn_ray.request_errors import MethodError, RequestError, UnknownModelError
+from cnn_ray.triton_extensions import EXTENSIONS
 
 SIZE = (2, 4)
 A, B = b"\x89PNG first", b"\xff\xd8 second"
@@ -143,7 +144,11 @@ def test_requested_outputs(changes, outputs):
         ({"inputs": [image()], "outputs": [{"name": "logits"}]}, "unexpected inference output 'logits'"),
         ({"inputs": [image()], "outputs": [{"name": "label"}, {"name": "label"}]}, "output 'label'"),
         ({"inputs": [image()], "outputs": [{"name": "label", "parameters": {"classification": 2}}]},
-         "'classification' is not supported"),
+         "'classification' of 'scores' only. Received: of 'label'"),
+        ({"inputs": [image()], "outputs": [{"name": "scores", "parameters": {"classification": -1}}]}, "0 or more"),
+        ({"inputs": [image()], "outputs": [{"name": "scores", "parameters": {"classification": "2"}}]}, "0 or more"),
+        ({"inputs": [image()], "outputs": [{"name": "scores", "parameters": {"classification": True}}]}, "0 or more"),
+        ({"inputs": [image()], "outputs": [{"name": "scores", "parameters": {"classification": 1.5}}]}, "0 or more"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_a_400_that_says_so(document, message):
@@ -238,6 +243,14 @@ def test_answer_half_in_binary():
         ("GET", "/v2/models/demo/versions/3/ready", Route("model_ready", "demo", 3)),
         ("POST", "/v2/models/demo/infer", Route("infer", "demo")),
         ("POST", "/v2/models/a%2Fb/versions/3/infer", Route("infer", "a/b", 3)),
+        ("GET", "/v2/models/demo/config", Route("model_config", "demo")),
+        ("GET", "/v2/models/demo/versions/3/config", Route("model_config", "demo", 3)),
+        ("GET", "/v2/models/demo/stats", Route("model_statistics", "demo")),
+        ("HEAD", "/v2/models/demo/versions/3/stats", Route("model_statistics", "demo", 3)),
+        ("GET", "/v2/models/stats", Route("server_statistics")),
+        ("POST", "/v2/repository/index", Route("repository_index")),
+        ("POST", "/v2/repository/models/a%2Fb/load", Route("repository_control", "a/b")),
+        ("POST", "/v2/repository/models/demo/unload", Route("repository_control", "demo")),
     ],
 )
 def test_routes(method, path, route):
@@ -250,6 +263,12 @@ def test_routes(method, path, route):
         ("GET", "/v2/models/demo/infer", MethodError),
         ("POST", "/v2/models/demo", MethodError),
         ("DELETE", "/v2", MethodError),
+        ("GET", "/v2/repository/index", MethodError),
+        ("GET", "/v2/repository/models/demo/load", MethodError),
+        ("POST", "/v2/models/demo/config", MethodError),
+        ("POST", "/v2/models/stats", MethodError),
+        ("POST", "/v2/repository/models/demo/reload", UnknownModelError),
+        ("POST", "/v2/repository/other/index", UnknownModelError),
         ("GET", "/v2/models", UnknownModelError),
         ("GET", "/v2/health", UnknownModelError),
         ("GET", "/v2/models/demo/versions/three", UnknownModelError),
@@ -271,7 +290,7 @@ def test_metadata_and_health():
     assert json.loads(open_inference.build_health("ready")) == {"ready": True}
     assert json.loads(open_inference.build_model_ready("demo")) == {"name": "demo", "ready": True}
     assert json.loads(open_inference.build_server_metadata()) == {
-        "name": "cnn_ray", "version": __version__, "extensions": ["binary_tensor_data"]
+        "name": "cnn_ray", "version": __version__, "extensions": list(EXTENSIONS)
     }  # fmt: skip
     assert json.loads(open_inference.build_model_metadata("demo", [2, 3], ("bad", "good"), SIZE)) == {
         "name": "demo",

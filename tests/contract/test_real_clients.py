@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 from factories import SIDE_PX, image_bytes
+from google.protobuf import json_format
 from running_endpoint import running
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput
 from tritonclient.utils import InferenceServerException
 
 from cnn_ray.artifact import Artifact
@@ -22,6 +24,7 @@ from cnn_ray.config import ServeConfig
 from cnn_ray.endpoint import Endpoint
 from cnn_ray.images import DecodedImage, ImageCaps, decode
 from cnn_ray.predictor import load_predictor
+from cnn_ray.triton_extensions import EXTENSIONS
 
 IMAGES = [image_bytes(seed) for seed in range(4)]
 
@@ -80,7 +83,7 @@ def test_triton_asks_whether_it_lives_and_what_it_is(client):
     assert client.is_model_ready("small")
     assert client.is_model_ready("small", "1")
     assert not client.is_model_ready("small", "9")
-    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert client.get_server_metadata()["extensions"] == list(EXTENSIONS)
     metadata = client.get_model_metadata("small")
     assert [tensor["name"] for tensor in metadata["inputs"]] == ["image", "pixels"]
     assert metadata["versions"] == ["1"]
@@ -113,8 +116,86 @@ def test_triton_shows_our_errors(client):
     with pytest.raises(InferenceServerException, match="unexpected inference output 'logits'") as caught:
         client.infer("small", [image_input()], outputs=[triton.InferRequestedOutput("logits")])
     assert caught.value.status() == "400"
-    with pytest.raises(InferenceServerException, match="'classification' is not supported"):
-        client.infer("small", [image_input()], outputs=[triton.InferRequestedOutput("scores", class_count=2)])
+    with pytest.raises(InferenceServerException, match="'classification' of 'scores' only"):
+        client.infer("small", [image_input()], outputs=[triton.InferRequestedOutput("label", class_count=2)])
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize(("count", "answered"), [(1, 1), (2, 2), (5, 2)])
+def test_triton_asks_for_the_best_classes(client, expected, count, answered, binary):
+    wanted = triton.InferRequestedOutput("scores", binary_data=binary, class_count=count)
+
+    classes = client.infer("small", [image_input()], outputs=[wanted]).as_numpy("scores")
+
+    assert classes.shape == (len(IMAGES), answered)
+    for row, scores in zip(classes, expected, strict=True):
+        texts = [text.decode() if isinstance(text, bytes) else text for text in row]
+        best = np.argsort(-scores, kind="stable")[:count]
+        assert [text.split(":")[1:] for text in texts] == [[str(k), ("legitimate", "phishing")[k]] for k in best]
+        assert [np.float32(text.split(":")[0]) for text in texts] == scores[best].tolist()
+
+
+def test_triton_asks_for_the_configuration(client):
+    config = client.get_model_config("small", "1")
+    metadata = client.get_model_metadata("small")
+
+    parsed = json_format.ParseDict(config, ModelConfig())  # Triton's own message: no field of it is unknown
+    assert parsed.name == "small"
+    for kind, described in ((parsed.input, metadata["inputs"]), (parsed.output, metadata["outputs"])):
+        assert [(one.name, [-1, *one.dims]) for one in kind] == [(one["name"], one["shape"]) for one in described]
+    assert [DataType.Name(one.data_type) for one in parsed.input] == ["TYPE_STRING", "TYPE_UINT8"]
+    assert [DataType.Name(one.data_type) for one in parsed.output] == ["TYPE_STRING", "TYPE_FP32"]
+    assert parsed.input[1].format == ModelInput.FORMAT_NHWC
+    assert client.get_model_config("small") == config
+    too_many = np.zeros((parsed.max_batch_size + 1, SIDE_PX, SIDE_PX, 3), np.uint8)
+    tensor = triton.InferInput("pixels", list(too_many.shape), "UINT8").set_data_from_numpy(too_many)
+    with pytest.raises(InferenceServerException, match=f"1 to {parsed.max_batch_size} instances"):
+        client.infer("small", [tensor])
+    with pytest.raises(InferenceServerException, match="version 9 is not found"):
+        client.get_model_config("small", "9")
+
+
+def test_triton_asks_for_the_index_and_may_load_nothing(client, address):
+    index = client.get_model_repository_index()
+
+    assert {"name": "small", "version": "1", "state": "READY", "reason": ""} in index
+    ready = httpx.post(f"http://{address}/v2/repository/index", json={"ready": True}).json()
+    assert ready == [entry for entry in index if entry["state"] == "READY"]
+    assert httpx.post(f"http://{address}/v2/repository/index", json={"ready": None}).json() == index
+    for body in ('{"ready": 1}', "[]", "{"):
+        assert httpx.post(f"http://{address}/v2/repository/index", content=body).status_code == 400
+    for request in (client.load_model, client.unload_model):
+        with pytest.raises(InferenceServerException, match="as the store's aliases say") as caught:
+            request("small")
+        assert caught.value.status() == "400"
+    assert client.is_model_ready("small")
+
+
+def test_triton_asks_for_statistics(client):
+    def one() -> dict:
+        (found,) = client.get_inference_statistics("small", "1")["model_stats"]
+        return found
+
+    before = one()
+    client.infer("small", [image_input()])
+    with pytest.raises(InferenceServerException):
+        client.infer("small", [image_input()], outputs=[triton.InferRequestedOutput("logits")])
+    after = one()
+
+    assert (after["name"], after["version"]) == ("small", "1")
+    assert after["inference_count"] - before["inference_count"] == len(IMAGES)
+    assert 1 <= after["execution_count"] - before["execution_count"] <= len(IMAGES)
+    assert after["last_inference"] > 1e12
+    for kind in ("success", "fail"):
+        was, now = before["inference_stats"][kind], after["inference_stats"][kind]
+        assert now["count"] - was["count"] == 1
+        assert now["ns"] > was["ns"]
+    assert after["inference_stats"]["compute_infer"]["ns"] > before["inference_stats"]["compute_infer"]["ns"]
+    assert client.get_inference_statistics() == client.get_inference_statistics("small") == {"model_stats": [after]}
+    with pytest.raises(InferenceServerException, match="'half' is not found"):
+        client.get_inference_statistics("half")
+    with pytest.raises(InferenceServerException, match="version 9 is not found"):
+        client.get_inference_statistics("small", "9")
 
 
 def test_a_client_of_tensorflow_serving(address, expected):

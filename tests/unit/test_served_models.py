@@ -32,7 +32,7 @@ def models_uri(small_models: str, tmp_path: Path) -> str:
 
 def loaded(models_uri: str, **settings: object) -> ServedModels:
     config = {"model": "small@champion", "models_uri": models_uri, "precision": "f32", "alias_poll_s": 0.01, **settings}
-    models = ServedModels(ServeConfig.model_validate(config), observe=lambda rows, seconds: None)
+    models = ServedModels(ServeConfig.model_validate(config), observe=lambda rows, seconds, name, version: None)
     models.load()
     return models
 
