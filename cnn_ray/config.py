@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from cnn_ray.errors import ConfigError
+from cnn_ray.partitions import PLACEHOLDERS, differs_by_day, placeholders
 from cnn_ray.yaml_files import load_yaml as load_yaml
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
@@ -147,13 +148,13 @@ class ScoreConfig(ModelConfig):
     """One scoring run: every image under the input becomes one row of Parquet, or one row of the quarantine."""
 
     input_uri: str
-    """Folder, s3:// prefix, or manifest of the images; {date} is replaced by --date. A manifest is a file .csv, .tsv,
-    .jsonl or .ndjson (also .gz), a file or a Spark folder .parquet, any FOLDER/*.parquet (quote it), or the
-    manifest.json of an S3 Inventory."""
+    """Folder, s3:// prefix, or manifest of the images; {date}, {year}, {month}, {day} are filled in from --date. A
+    manifest is a file .csv, .tsv, .jsonl or .ndjson (also .gz), a file or a Spark folder .parquet, any
+    FOLDER/*.parquet (quote it), or the manifest.json of an S3 Inventory."""
     output_uri: str
     """Folder or s3:// prefix for the results; each model version and date gets its own partition below it."""
     date: Day | None = None
-    """UTC date (YYYY-MM-DD) of the partition; also fills {date} in the input."""
+    """UTC date (YYYY-MM-DD) of the partition; also fills {date}, {year}, {month} and {day} in the input."""
     uri_column: str = "uri"
     """Column of a manifest input that holds the image locations."""
     etag_column: str = "auto"
@@ -210,10 +211,22 @@ class ScoreConfig(ModelConfig):
             )
         return self
 
+    @field_validator("output_uri")
+    @classmethod
+    def _output_without_dates(cls, value: str) -> str:
+        found = next((name for name in PLACEHOLDERS if f"{{{name}}}" in value), None)
+        if found is not None:
+            raise ValueError(
+                f"Expected OUTPUT without {{{found}}}: each date gets its own folder date=YYYY-MM-DD below it. "
+                f"Received: {value}."
+            )
+        return value
+
     @model_validator(mode="after")
     def _date_for_placeholder(self) -> ScoreConfig:
-        if "{date}" in self.input_uri and self.date is None:
-            raise ValueError("Expected --date, because the input holds {date}. Received: no date.")
+        found = sorted(placeholders(self.input_uri))
+        if found and self.date is None:
+            raise ValueError(f"Expected --date, because the input holds {{{found[0]}}}. Received: no date.")
         return self
 
 
@@ -222,8 +235,11 @@ class NightScoreConfig(ScoreConfig):
 
     @model_validator(mode="after")
     def _date_for_placeholder(self) -> NightScoreConfig:
-        if "{date}" not in self.input_uri:
-            raise ValueError(f"Expected {{date}} in input_uri of a nightly run. Received: {self.input_uri}.")
+        if not differs_by_day(self.input_uri):
+            raise ValueError(
+                f"Expected {{date}} in input_uri of a nightly run, or {{year}}, {{month}} and {{day}}. "
+                f"Received: {self.input_uri}."
+            )
         given = [name for name in ("date", "limit", "accept", "retry_quarantined") if getattr(self, name)]
         if given:
             raise ValueError(f"Expected settings that hold for every date. Received: {given[0]}, which is for one run.")
@@ -234,7 +250,8 @@ class NightlyConfig(Config):
     """Every night by itself: each date of the look-back window that owes a manifest is scored. Dates are UTC dates."""
 
     score: NightScoreConfig
-    """How each date is scored; input_uri holds {date}, an alias is resolved once for the whole call."""
+    """How each date is scored; input_uri holds {date}, or {year}, {month} and {day}; an alias is resolved once for the
+    whole call."""
     look_back_days: Annotated[int, Field(ge=1, le=366)] = 7
     """How many dates are looked at: a missed night heals as long as its date is one of them."""
     lag_days: Annotated[int, Field(ge=0, le=366)] = 1
@@ -248,8 +265,11 @@ class NightlyConfig(Config):
     rescore_new_version: bool = False
     """Dates that an earlier version of the model has finished are owed again after the alias moved."""
     wait_for_marker: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
-    """A date is ready when an object of this name (such as _SUCCESS) lies in its input. Name it _SUCCESS, or leave it
-    empty with _ in front: other names are taken for images."""
+    """A date is ready when an object of this name (such as _SUCCESS) lies in its input. Name it _SUCCESS, leave it
+    empty with _ in front, or name it in score.exclude: other names are taken for images."""
+    empty_date: Literal["wait", "done"] = "wait"
+    """What a date without an image means. wait: its images are late, it stays owed (exit code 75). done: there were
+    none; once the date is over and the call has waited, it is recorded as done and not looked at again."""
     min_age_s: Annotated[float, Field(ge=0)] = 0
     """A date is ready when the newest object of its input is at least this old."""
     wait_timeout_s: Annotated[float, Field(ge=0)] = 0

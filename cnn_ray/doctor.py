@@ -29,7 +29,7 @@ from cnn_ray.config import (
 )
 from cnn_ray.doctor_finding import Finding, error, ok, warning
 from cnn_ray.errors import CnnRayError, ConfigError
-from cnn_ray.partitions import fill_date
+from cnn_ray.partitions import dateless_root, fill_date
 from cnn_ray.storage_options import these_storage_options
 from cnn_ray.storage_retry import patience
 from cnn_ray.user_folders import home_folder
@@ -159,9 +159,8 @@ def _checks_of_config(config: Config) -> list[tuple[str, Check]]:
 
 
 def _score_checks(config: ScoreConfig) -> list[tuple[str, Check]]:
-    given = config.input_uri if "{date}" not in config.input_uri else fill_date(config.input_uri, config.date)
     # Without a day there may be nothing yet; the folder above the placeholder must answer all the same.
-    root = config.input_uri.partition("{date}")[0].rpartition("/")[0] if "{date}" in config.input_uri else given
+    root = dateless_root(config.input_uri) or fill_date(config.input_uri, config.date)
     return [
         ("input", lambda: [storage.input_finding(root)]),
         ("output", lambda: storage.output_findings(config.output_uri)),

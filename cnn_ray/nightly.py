@@ -27,24 +27,27 @@ from cnn_ray.config import NightlyConfig, ScoreConfig
 from cnn_ray.errors import (
     BusyError,
     CnnRayError,
+    NoImagesError,
     PlanError,
     QuarantineLimitError,
     RunInterruptedError,
     UnavailableError,
 )
 from cnn_ray.nightly_status import (
+    NO_IMAGE,
     NO_SCREENSHOTS,
     CallRecord,
     DateRecord,
     DateState,
     ModelRecord,
     State,
+    read_status,
     record,
     state_of,
     told_of,
 )
 from cnn_ray.partitions import look_back
-from cnn_ray.readiness import is_empty, why_not_ready
+from cnn_ray.readiness import empty_is_done, is_empty, is_settled_empty, why_not_ready
 from cnn_ray.redaction import redact
 from cnn_ray.report import previous_night
 from cnn_ray.score import Progress, ScoreResult, run_score
@@ -158,6 +161,7 @@ class _Night:
         self._on_progress = on_progress
         self._tried = 0
         self._stopped = ""
+        self._recorded: dict[str, DateRecord] | None = None
 
     def state(self, date: Date) -> DateState:
         """What the date owes now."""
@@ -175,6 +179,9 @@ class _Night:
             if not remaining or left_s <= 0:
                 break
             self.clock.sleep(min(POLL_S, left_s))
+        for date in remaining:
+            if self.results[date].state == "owed" and empty_is_done(self.config, date, self.clock.now().date()):
+                self._keep(DateResult(date, "done", NO_IMAGE, 0))
         for date in remaining:  # who worked on it may be through by now
             if self.results[date].state == "running" and (state := self._unsettled(date)) is not None:
                 self._keep_owed(date, state.detail)
@@ -230,11 +237,25 @@ class _Night:
         except PlanError as error:
             self._keep(DateResult(date, "failed", str(error), error.exit_code, self.version))
             return None
+        if state.state == "owed" and not state.is_open and is_settled_empty(self.config, self._known(date)):
+            self.results[date] = DateResult(date, "done", NO_IMAGE, 0)
+            return None
         if state.state == "owed":
             return state
         code = {"done": 0, "failed": QUARANTINE_LIMIT, "running": TRY_AGAIN}[state.state]
         self.results[date] = DateResult(date, state.state, state.detail, code, state.version)
         return None
+
+    def _known(self, date: Date) -> DateRecord | None:
+        """What earlier calls have recorded of the date; nothing where the status object cannot be read."""
+        if self._recorded is None:
+            try:
+                known = read_status(self.config.score.output_uri).models.get(self.model, ModelRecord())
+            except CnnRayError as error:
+                log.warning("The status of earlier nights is not read: %s", error)
+                known = ModelRecord()
+            self._recorded = known.dates
+        return self._recorded.get(date.isoformat())
 
     def _try(self, date: Date) -> DateResult:
         """How the date ended: scored as far as its time allows, or why not."""
@@ -251,6 +272,10 @@ class _Night:
             return DateResult(date, "owed", reason, TRY_AGAIN, self.version)
         except QuarantineLimitError as error:
             return DateResult(date, "failed", str(error), QUARANTINE_LIMIT, self.version)
+        except NoImagesError as error:  # a manifest without rows, say
+            if self.config.empty_date == "done" and date < self.clock.now().date():
+                return DateResult(date, "done", NO_IMAGE, 0)
+            return DateResult(date, "failed", str(error), error.exit_code, self.version)
         except CnnRayError as error:
             if isinstance(error, UnavailableError):  # the other dates would wait for the same storage or cluster
                 self._stopped = "left to the next call: storage or workers were away"

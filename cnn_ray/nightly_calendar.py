@@ -9,9 +9,9 @@ from datetime import datetime
 from cnn_ray.artifact import load_artifact
 from cnn_ray.config import NightlyConfig
 from cnn_ray.errors import PlanError, QuarantineLimitError
-from cnn_ray.nightly_status import NO_SCREENSHOTS, DateRecord, DateState, ModelRecord, read_status, state_of
+from cnn_ray.nightly_status import NO_IMAGE, NO_SCREENSHOTS, DateRecord, DateState, ModelRecord, read_status, state_of
 from cnn_ray.partitions import look_back
-from cnn_ray.readiness import why_not_ready
+from cnn_ray.readiness import empty_is_done, is_settled_empty, why_not_ready
 
 
 def calendar(config: NightlyConfig, today: Date) -> list[DateState]:
@@ -31,7 +31,7 @@ def calendar(config: NightlyConfig, today: Date) -> list[DateState]:
             state = state_of(score.output_uri, date, artifact.name, artifact.version, any_version=any_version)
         except PlanError as error:  # one damaged manifest must not hide the other dates
             state = DateState(date, "failed", str(error), artifact.version)
-        states.append(_with_word(state, known.get(date.isoformat())))
+        states.append(_with_word(config, state, known.get(date.isoformat())))
     return states
 
 
@@ -50,14 +50,16 @@ def _foreseen(config: NightlyConfig, state: DateState, now: datetime) -> DateSta
         return state
     if state.is_open:
         return replace(state, detail="would be finished")
+    if empty_is_done(config, state.date, now.date()):
+        return replace(state, detail=f"would be done: {NO_IMAGE}")
     return replace(state, detail=why_not_ready(config, state.date, now) or "would be scored")
 
 
-def _with_word(state: DateState, known: DateRecord | None) -> DateState:
+def _with_word(config: NightlyConfig, state: DateState, known: DateRecord | None) -> DateState:
     """The state; where it owes a run, with the word that the last attempt left."""
     if state.state != "owed" or known is None:
         return state
-    if known.detail == NO_SCREENSHOTS:
+    if known.detail == NO_SCREENSHOTS or is_settled_empty(config, known):
         return replace(state, state="done", detail=known.detail)
     if known.state in ("done", "running") or known.exit_code == QuarantineLimitError.exit_code:
         return state  # the partition would tell: somebody has removed it, or given up, since

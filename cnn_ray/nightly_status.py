@@ -28,6 +28,8 @@ TOMBSTONE = "_pruned.json"
 """What is left of a partition that was removed for its age; such a date owes nothing."""
 NO_SCREENSHOTS = "complete without a screenshot"
 """A date whose marker is there and whose input is empty: it owes nothing, and no partition can say so."""
+NO_IMAGE = "no image in its input (empty_date: done)"
+"""A date that is over without an image, where the configuration says that this is its end."""
 KEEP_DAYS = 400
 FORMAT = 1
 

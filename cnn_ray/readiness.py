@@ -8,6 +8,7 @@ from datetime import datetime
 from cnn_ray.config import NightlyConfig, ScoreConfig
 from cnn_ray.errors import NotFoundError
 from cnn_ray.manifest_files import ALL_PARQUET, is_manifest, manifest_exists
+from cnn_ray.nightly_status import NO_IMAGE, NO_SCREENSHOTS, DateRecord
 from cnn_ray.partitions import fill_date
 from cnn_ray.planning import listing
 from cnn_ray.storage import open_store, split_uri
@@ -34,6 +35,24 @@ def why_not_ready(config: NightlyConfig, date: Date, now: datetime) -> str | Non
         if age_s < config.min_age_s:
             return f"waits until the newest object in {uri} is {config.min_age_s:g} s old; it is {age_s:.0f} s"
     return None
+
+
+def empty_is_done(config: NightlyConfig, date: Date, today: Date) -> bool:
+    """Whether the date is over, has no image, and the configuration takes that for its end.
+
+    A marker that is waited for, or a manifest that is not there, says that the date is not complete.
+
+    Raises:
+        StorageError: storage refused, or the bucket does not exist.
+    """
+    if config.empty_date != "done" or config.wait_for_marker is not None or date >= today:
+        return False
+    return is_empty(config, date)
+
+
+def is_settled_empty(config: NightlyConfig, known: DateRecord | None) -> bool:
+    """Whether an earlier call has recorded that the date ended without an image, and that still holds."""
+    return config.empty_date == "done" and known is not None and known.detail in (NO_IMAGE, NO_SCREENSHOTS)
 
 
 def is_empty(config: NightlyConfig, date: Date) -> bool:

@@ -91,7 +91,7 @@ def test_exit_codes_4_2_3(capsys, tmp_path, small_models):
     for arguments, message in [
         (("--today", "tomorrow"), "Expected a date like"),
         (("--score-date", "2026-11-24"), "Received: date, which is for one run"),
-        (("--score-input-uri", "in"), r"Expected {date} in input_uri"),
+        (("--score-input-uri", "in"), r"Expected {date} in input_uri of a nightly run, or"),
         (("--order", "random"), "random"),
         (("--webhook-url", "http://x.example/secret", "--webhook-hosts", "x.example"), "https"),
         (("--loook-back-days", "3"), "--look-back-days"),

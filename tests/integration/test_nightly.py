@@ -23,6 +23,7 @@ from cnn_ray.readiness import is_empty, why_not_ready
 from cnn_ray.storage import open_store
 
 TODAY = date(2026, 11, 25)
+NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 D22, D23, D24 = date(2026, 11, 22), date(2026, 11, 23), date(2026, 11, 24)
 
 
@@ -52,6 +53,7 @@ def make(tmp_path, small_models):
             "input_uri": changes.pop("input_uri", f"{tmp_path}/in/{{date}}"),
             "output_uri": changes.pop("output_uri", f"{tmp_path}/out"),
             "precision": "f32",
+            "exclude": changes.pop("score_exclude", []),
             "runner": "local",
             "report": False,
             "shard_size": changes.pop("shard_size", 4),
@@ -91,6 +93,72 @@ def test_missed_nights_heal_and_a_second_call_writes_nothing_into_partitions(tmp
     assert again.exit_code == 0
     after = files(tmp_path / "out")
     assert {name for name in after if after[name] != before.get(name)} == {"_nightly.json"}
+
+
+def test_a_date_without_images_waits_or_is_done_as_configured(tmp_path, make):
+    images(tmp_path, D22)
+    (tmp_path / "in" / "2026-11-23").mkdir()
+    (tmp_path / "in/2026-11-23/.DS_Store").write_text("x")
+    (tmp_path / "in/2026-11-23/about.json").write_text("{}")
+    waits = nightly.run_nightly(make(first_date=D24), TODAY, clock=FrozenClock(NOON))
+    assert ends(waits)["11-24"] == ("owed", 75)
+    config = make(empty_date="done", score_exclude=["*.json"])
+    assert [s.detail for s in foresee(config, TODAY, NOON)][2].startswith("would be done: no image in its input")
+    result = nightly.run_nightly(config, TODAY, clock=FrozenClock(NOON))
+    assert ends(result) == {"11-22": ("done", 0), "11-23": ("done", 0), "11-24": ("done", 0)}
+    assert result.exit_code == 0
+    shown = calendar(config, TODAY)
+    assert [(s.state, s.detail) for s in shown[1:]] == [("done", nightly_status.NO_IMAGE)] * 2
+    assert not (tmp_path / "out/date=2026-11-24").exists()
+
+
+def test_an_empty_date_that_is_done_is_not_looked_at_again_until_it_may_wait(tmp_path, make, monkeypatch):
+    config = make(empty_date="done")
+    assert nightly.run_nightly(config, TODAY, clock=FrozenClock(NOON)).exit_code == 0
+    before = nightly_status.read_status(config.score.output_uri).models["small"].dates
+    images(tmp_path, D23)
+    with monkeypatch.context() as patch:
+        patch.setattr(nightly, "why_not_ready", lambda *_: pytest.fail("it was looked at"))
+        again = nightly.run_nightly(config, TODAY, clock=FrozenClock(NOON))
+    assert (again.exit_code, ends(again)["11-23"]) == (0, ("done", 0))
+    assert nightly_status.read_status(config.score.output_uri).models["small"].dates == before
+    waits = nightly.run_nightly(make(), TODAY, clock=FrozenClock(NOON))
+    assert ends(waits) == {"11-22": ("owed", 75), "11-23": ("done", 0), "11-24": ("owed", 75)}
+    assert outputs.read(partition(tmp_path, D23)).num_rows == 3
+
+
+def test_an_empty_date_is_given_the_time_that_the_call_waits_and_to_its_end(tmp_path, make):
+    clock = FrozenClock(NOON, on_sleep=lambda: images(tmp_path, D24))
+    config = make(empty_date="done", wait_timeout_s=60, look_back_days=1)
+    assert ends(nightly.run_nightly(config, TODAY, clock=clock)) == {"11-24": ("done", 0)}
+    assert outputs.read(partition(tmp_path, D24)).num_rows == 3
+    today = make(empty_date="done", lag_days=0, look_back_days=1)
+    assert ends(nightly.run_nightly(today, TODAY, clock=FrozenClock(NOON))) == {"11-25": ("owed", 75)}
+
+
+def test_an_empty_manifest_is_an_empty_date_and_a_missing_one_is_late(tmp_path, make):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/2026-11-24.csv").write_text("uri\n")
+    config = make(empty_date="done", input_uri=f"{tmp_path}/in/{{year}}-{{month}}-{{day}}.csv", look_back_days=2)
+    result = nightly.run_nightly(config, TODAY, clock=FrozenClock(NOON))
+    assert ends(result) == {"11-23": ("owed", 75), "11-24": ("done", 0)}
+    assert ends(nightly.run_nightly(config, TODAY, clock=FrozenClock(NOON)))["11-24"] == ("done", 0)
+
+
+def test_a_marker_that_is_missing_is_no_empty_date(tmp_path, make):
+    late = make(empty_date="done", wait_for_marker="_SUCCESS", look_back_days=1)
+    assert ends(nightly.run_nightly(late, TODAY, clock=FrozenClock(NOON))) == {"11-24": ("owed", 75)}
+
+
+@pytest.mark.parametrize("layout", ["{year}/{month}/{day}", "y={year}/{date}", "{year}{month}{day}"])
+def test_nights_of_any_layout_of_dates(tmp_path, make, layout, s3_uri):
+    for number, day in enumerate((D23, D24)):
+        folder = layout.format(date=day, year=f"{day:%Y}", month=f"{day:%m}", day=f"{day:%d}")
+        for path in images(tmp_path, day, count=number + 1).iterdir():
+            open_store(f"{s3_uri}/in/{folder}").put(path.name, path.read_bytes())
+    result = nightly.run_nightly(make(input_uri=f"{s3_uri}/in/{layout}", look_back_days=2), TODAY)
+    assert result.exit_code == 0
+    assert [outputs.read(partition(tmp_path, day)).num_rows for day in (D23, D24)] == [1, 2]
 
 
 def test_newest_first_and_a_bounded_catch_up(tmp_path, make):

@@ -1,11 +1,12 @@
 import threading
+from datetime import date
 
 import pyarrow as pa
 import pytest
 
 import cnn_ray.plan as plan_module
 from cnn_ray.errors import ConfigError
-from cnn_ray.partitions import fill_date, partition_uri
+from cnn_ray.partitions import dateless_root, differs_by_day, fill_date, partition_uri
 from cnn_ray.plan import (
     Frozen,
     auto_shard_size,
@@ -163,11 +164,32 @@ def test_each_setting_that_decides_answers_is_compared(field):
 
 
 def test_partition_names():
-    from datetime import date
-
     assert partition_uri("out/", None, "m", 2) == "out/model=m/version=2"
     assert partition_uri("s3://b/p", date(2026, 1, 2), "m", 2) == "s3://b/p/date=2026-01-02/model=m/version=2"
     assert fill_date("s3://b/{date}/x", date(2026, 1, 2)) == "s3://b/2026-01-02/x"
+
+
+@pytest.mark.parametrize(
+    ("uri", "filled", "root", "each_day"),
+    [
+        ("s3://b/{year}/{month}/{day}/", "s3://b/2026/01/02/", "s3://b", True),
+        ("s3://b/x/y={year}/m={month}/{date}.csv", "s3://b/x/y=2026/m=01/2026-01-02.csv", "s3://b/x", True),
+        ("/in/{year}{month}{day}", "/in/20260102", "/in", True),
+        ("/in/{date}/{date}", "/in/2026-01-02/2026-01-02", "/in", True),
+        ("/{date}", "/2026-01-02", "/", True),
+        ("{date}", "2026-01-02", ".", True),
+        ("s3://shots-{year}/{month}", "s3://shots-2026/01", None, False),
+        ("/in/{year}/all", "/in/2026/all", "/in", False),
+        ("/in/{month}-{day}", "/in/01-02", "/in", False),
+        ("/in/{{date}}", "/in/{date}", "/in/{date}", False),
+        ("/in/{{{date}}}", "/in/{2026-01-02}", "/in", True),
+        ("/a{{x}}/{day}{month}{year}", "/a{x}/02012026", "/a{x}", True),
+        ("/in/plain", "/in/plain", "/in/plain", False),
+    ],
+)
+def test_dates_in_inputs(uri, filled, root, each_day):
+    assert fill_date(uri, date(2026, 1, 2)) == filled
+    assert (dateless_root(uri), differs_by_day(uri)) == (root, each_day)
 
 
 def test_plans_of_older_versions_know_no_patterns_and_take_all():
