@@ -321,6 +321,10 @@ class DataConfig(Config):
     split_seed. Folders of these names above the class folders are the split as well."""
     labels: tuple[str, ...] | None = None
     """Class names in output order; images of other classes are left out. By default the sorted names in the data."""
+    include: Patterns = ()
+    """Take only images whose name below the data fits one of these patterns, such as *.png: * takes / too."""
+    exclude: Patterns = ()
+    """Leave out images whose name below the data fits one of these patterns; thumbs/ means what lies in that folder."""
     max_unreadable_rate: Rate = 0.05
     """Above this share of images that cannot be read, nothing is trained or evaluated."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2

@@ -92,7 +92,10 @@ def read_labelled_set(config: DataConfig, *, split: bool = True) -> LabelledSet:
         order = even_sample(rows.uris, label_ids, config.limit, config.split_seed)
         rows, label_ids = rows.take(order), label_ids[order]
     left_out = LeftOut(
-        other_labels=other_labels, outside_classes=rows.outside_classes, empty_classes=rows.empty_classes
+        other_labels=other_labels,
+        outside_classes=rows.outside_classes,
+        empty_classes=rows.empty_classes,
+        by_pattern=rows.by_pattern,
     )
     if rows.splits is not None:
         _given_split(rows, config)  # a wrong name is said before hours of reading

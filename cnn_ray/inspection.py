@@ -31,6 +31,8 @@ class LeftOut:
     """Files that lie in no class folder."""
     empty_classes: tuple[str, ...] = ()
     """Class folders without a file."""
+    by_pattern: int = 0
+    """Images that `data.include` or `data.exclude` leave out."""
 
     @property
     def lines(self) -> list[str]:
@@ -40,6 +42,8 @@ class LeftOut:
             said.append(f"Left out as unreadable: {counted(self.unreadable)}; for instance {'; '.join(self.examples)}.")
         if self.other_labels:
             said.append(f"Left out because data.labels does not name them: {counted(self.other_labels)}.")
+        if self.by_pattern:
+            said.append(f"Left out by data.include and data.exclude: {self.by_pattern} files.")
         if self.outside_classes:
             said.append(f"Left out because they lie in no class folder: {self.outside_classes} files.")
         if self.empty_classes:

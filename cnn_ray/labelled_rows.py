@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from cnn_ray.allowed_uris import resolve_uri
 from cnn_ray.config import DataConfig
 from cnn_ray.errors import DataError
-from cnn_ray.input_filters import is_system_file
+from cnn_ray.input_filters import NameFilter, Selection, is_system_file
 from cnn_ray.known_sets import FLOWERS_FILES, KERAS_CIFAR10, cifar10_rows, flowers102_rows, is_packed
 from cnn_ray.manifest_files import is_manifest, read_manifest
 from cnn_ray.storage import open_store, split_uri
@@ -37,6 +39,8 @@ class LabelledRows:
     """Files that lie in no class folder."""
     empty_classes: tuple[str, ...] = ()
     """Class folders without a file, where the storage knows folders."""
+    by_pattern: int = 0
+    """Images that `data.include` or `data.exclude` leave out."""
 
     def take(self, order: Sequence[int]) -> LabelledRows:
         """The rows at these positions, in their order."""
@@ -55,6 +59,17 @@ class LabelledRows:
 
 
 def read_rows(config: DataConfig) -> tuple[str, LabelledRows]:
+    """Return where the uris start, and the rows that `data.include` and `data.exclude` take. See `_all_rows`."""
+    root_uri, rows = _all_rows(config)
+    if not config.include and not config.exclude:
+        return root_uri, rows
+    counts: Counter[str] = Counter()
+    names = NameFilter(root_uri, Selection(config.include, config.exclude), counts)
+    table = names.selected(pa.table({"uri": pa.array(rows.uris, pa.string()), "row": pa.array(range(len(rows.uris)))}))
+    return root_uri, replace(rows.take(table["row"].to_pylist()), by_pattern=counts.total())
+
+
+def _all_rows(config: DataConfig) -> tuple[str, LabelledRows]:
     """(where the uris start, the rows) of class folders, a manifest or a known set.
 
     Raises:

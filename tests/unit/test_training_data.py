@@ -143,6 +143,19 @@ def test_junk_folders_are_no_classes_and_empty_ones_are_said(tmp_path):
     assert "1 files" in said
 
 
+def test_patterns_leave_sidecars_out(tmp_path):
+    for name in ("cat", "dog"):
+        draw(tmp_path / name, 10)
+        for k in range(10):
+            (tmp_path / name / f"{k:03}.json").write_text("{}")
+        draw(tmp_path / name / "thumbs", 4, seed=7)
+    with pytest.raises(DataError, match="not_an_image 20"):
+        read(tmp_path)
+    labelled = read(tmp_path, include=("*.png",), exclude=("*/thumbs/*",))
+    assert (len(labelled.uris), labelled.left_out.by_pattern) == (20, 28)
+    assert "28 files" in " ".join(describe_set(labelled))
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "VALIDATION", "dev"])
 def test_a_manifest_may_call_validation_by_its_usual_names(tmp_path, name):
     draw(tmp_path, 12)
