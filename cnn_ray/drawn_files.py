@@ -19,7 +19,7 @@ EXPECTED_QUARANTINE = {
     "cut-off.jpg": "truncated",
     "text.png": "not_an_image",
     "error-page.jpg": "not_an_image",
-    "tiff.png": "unsupported_format",
+    "icon.png": "unsupported_format",
     "bomb.png": "too_large",
 }
 """Hostile files that cannot be scored, with their quarantine code; the other ones are good images and get scored."""
@@ -114,7 +114,7 @@ def hostile_files() -> dict[str, bytes]:
         "cut-off.jpg": jpeg[: len(jpeg) // 2],
         "text.png": b"This is not an image, whatever its name says.\n",
         "error-page.jpg": b"<!DOCTYPE html><html><body><h1>503 Service Unavailable</h1></body></html>\n",
-        "tiff.png": encoded_as(page, "TIFF"),
+        "icon.png": encoded_as(page, "ICO"),
         "bomb.png": _bomb(20_000),
         "cmyk.jpg": encoded_as(page.convert("CMYK"), "JPEG"),
         "sixteen-bit.png": encoded_as(Image.frombytes("I;16", page.size, bytes(deep)), "PNG"),
