@@ -180,7 +180,7 @@ def test_small_bomb_decodes_so_the_stream_is_sound():
 
 def test_files_that_cannot_be_scored(hostile):
     assert hostile["empty.png"] == b""
-    assert opened(hostile, "tiff.png").format == "TIFF"
+    assert opened(hostile, "icon.png").format == "ICO"
     for name in ("text.png", "error-page.jpg"):
         with pytest.raises(OSError, match="cannot identify"):
             opened(hostile, name)
