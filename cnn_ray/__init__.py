@@ -68,6 +68,7 @@ Models.
     augmentation.py   photo and screenshot augmentation as layers
     model.py          definition -> Keras classifier of uint8 pixels; freeze, unfreeze
     predictor.py      artifact -> scores for a uint8 batch: the only inference path
+    exif_graph.py     the EXIF orientation of a JPEG as TensorFlow operations
     export.py         Keras model -> published artifact, engines measured first
 
 Jobs.

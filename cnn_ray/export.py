@@ -27,6 +27,7 @@ from cnn_ray.artifact import (
 )
 from cnn_ray.config import ModelDefinition
 from cnn_ray.errors import ArtifactError
+from cnn_ray.exif_graph import jpeg_orientation, resized_upright
 from cnn_ray.images import RESIZE_RULE
 from cnn_ray.predictor import (
     PRECISIONS,
@@ -178,8 +179,8 @@ def _in_batches(compute: Compute, pixels: Pixels, batch_size: int = 32) -> Score
 def _write_saved_model(model: keras.Model, labels: list[str], folder: Path) -> None:
     """Afterwards the folder is a servable: TensorFlow Serving answers from bytes or pixels without our code.
 
-    Decoding in the graph follows images.py (stretch, area), but TensorFlow's decoders are not Pillow's: scores for the
-    same file may differ slightly, which the serving tests state.
+    Decoding in the graph follows images.py (stretch, area, EXIF orientation of a JPEG), but TensorFlow's decoders are
+    not Pillow's: scores for the same file may differ slightly, which the serving tests state.
     """
     import keras
     import tensorflow as tf
@@ -190,7 +191,7 @@ def _write_saved_model(model: keras.Model, labels: list[str], folder: Path) -> N
     def decode(encoded: Any) -> Any:
         image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
         image.set_shape([None, None, 3])
-        return tf.cast(tf.round(tf.image.resize(image, (height, width), method="area")), tf.uint8)
+        return resized_upright(image, jpeg_orientation(encoded), (height, width))
 
     def from_bytes(image_bytes: Any) -> dict[str, Any]:
         pixels = tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec((height, width, 3), tf.uint8))

@@ -47,7 +47,7 @@ _PLUGINS = {
     "AVIF": AvifImagePlugin.AvifImageFile,
 }
 # EXIF orientation -> transpose first, then flip rows, then flip columns
-_TURNS = {
+TURNS = {
     1: (False, False, False),
     2: (False, False, True),
     3: (False, True, True),
@@ -115,7 +115,7 @@ def _decode(data: bytes, size_px: tuple[int, int], caps: ImageCaps) -> DecodedIm
         raise RefusedError(QuarantineCode.DECODE_ERROR, f"{source.format} of {width}x{height} pixels")
     if width * height > caps.max_pixels:
         raise RefusedError(QuarantineCode.TOO_LARGE, f"{width}x{height} pixels, allowed are {caps.max_pixels}")
-    swap, flip_rows, flip_columns = _TURNS[source.orientation]
+    swap, flip_rows, flip_columns = TURNS[source.orientation]
     target = (size_px[1], size_px[0]) if swap else size_px
     # Turning the small result is the same as turning the large original, and far cheaper.
     pixels = _jpeg(source, target) if source.format == "JPEG" else None
