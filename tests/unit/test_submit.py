@@ -431,7 +431,7 @@ def test_ctrl_c_while_following_leaves_the_job_running_and_says_so(jobs, night):
     while not jobs.jobs or next(iter(jobs.jobs.values()))["states"] != ["RUNNING"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(1)
+    time.sleep(3)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
