@@ -46,7 +46,8 @@ def is_writable(folder: Path) -> bool:
 def give_ray_a_token() -> None:
     """Give a Ray that is started from here a token of its own in the environment, where Ray would fail to write one
     to ~/.ray/auth_token."""
-    if any(name in os.environ for name in RAY_TOKEN_VARIABLES):
+    mode, *tokens = (os.environ.get(name) for name in RAY_TOKEN_VARIABLES)
+    if mode not in (None, "", "token") or any(tokens):
         return
     folder = home_folder() / ".ray"
     if not os.access(folder / "auth_token", os.R_OK) and not is_writable(folder):

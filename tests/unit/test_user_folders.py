@@ -79,6 +79,10 @@ def test_ray_gets_a_token_only_where_it_could_not_write_one(monkeypatch, tmp_pat
     give_ray_a_token()
     assert "RAY_AUTH_TOKEN" not in os.environ
 
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    give_ray_a_token()
+    assert os.environ.pop("RAY_AUTH_TOKEN")
+
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "removed at the end of the test")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
