@@ -242,7 +242,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(tmp_path):
             break
     rest = first.stderr.read()
     assert first.wait(timeout=60) == 130, rest
-    assert "Next: the same command goes on" in rest
+    assert "Run the same command to continue" in rest
     second = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stderr
     assert "epoch 40:" in second.stderr
